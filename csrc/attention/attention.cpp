@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// From tensors to problems: checks, the choice of instruction set, and the split into tasks.
+#include "attention/attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "attention/problem.h"
+#include "common/isa.h"
+#include "common/tasks.h"
+
+namespace fastattn {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+const AttentionKernels& kernels(int64_t isa) {
+  STD_TORCH_CHECK(isa >= 0 && isa < kIsaCount && isa_present(isa), "this CPU does not have instruction set ", isa);
+#if defined(__x86_64__)
+  const AttentionKernels* table[] = {&kAttentionScalar, &kAttentionAvx2, &kAttentionAvx512, &kAttentionWide};
+  return *table[isa];
+#else
+  return kAttentionScalar;
+#endif
+}
+
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
+  }
+}
+
+Rows rows(const Tensor& x, const Tensor& q) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu(), "expected 4 dimensions on cpu");
+  STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), "expected q's dtype");
+  STD_TORCH_CHECK(x.stride(3) == 1 || x.size(3) == 1, "expected a unit last stride, got ", x.stride(3));
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Scores scores(const OptionalTensor& x, const AttentionProblem& p) {
+  if (!x) return {nullptr, 0, 0, 0, 0};
+  const int64_t full[] = {p.batch, p.heads, p.q_length, p.k_length};
+  int64_t stride[4];
+  STD_TORCH_CHECK(x->dim() == 4 && x->is_cpu(), "expected 4 dimensions on cpu");
+  for (int64_t i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(x->size(i) == 1 || x->size(i) == full[i], "size ", x->size(i), " does not broadcast to ", full[i]);
+    stride[i] = x->size(i) == 1 ? 0 : x->stride(i);
+  }
+  return {x->data_ptr(), stride[0], stride[1], stride[2], stride[3]};
+}
+
+AttentionProblem problem(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+                         const OptionalTensor& lengths, const OptionalTensor& bias, const OptionalTensor& seed,
+                         int64_t diagonal, double scale, int64_t drop_threshold, const Tensor& out,
+                         const Tensor& lse) {
+  AttentionProblem p{};
+  p.dtype = dtype_of(q);
+  p.q = rows(q, q), p.k = rows(k, q), p.v = rows(v, q), p.out = rows(out, q);
+  p.batch = q.size(0), p.heads = q.size(1), p.q_length = q.size(2), p.qk_dim = q.size(3);
+  p.kv_heads = k.size(1), p.k_length = k.size(2), p.v_dim = v.size(3);
+  STD_TORCH_CHECK(k.size(0) == p.batch && k.size(3) == p.qk_dim && p.kv_heads > 0 && p.heads % p.kv_heads == 0 &&
+                      v.size(0) == p.batch && v.size(1) == p.kv_heads && v.size(2) == p.k_length,
+                  "k or v does not fit q");
+  STD_TORCH_CHECK(out.size(0) == p.batch && out.size(1) == p.heads && out.size(2) == p.q_length &&
+                      out.size(3) == p.v_dim && lse.is_contiguous() && lse.numel() == p.batch * p.heads * p.q_length &&
+                      lse.scalar_type() == ScalarType::Float,
+                  "out or lse does not fit q and v");
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.mask = scores(mask, p);
+  STD_TORCH_CHECK(!mask || mask->scalar_type() == ScalarType::Bool, "mask: expected bool");
+  p.bias = scores(bias, p);
+  if (bias) p.bias_dtype = dtype_of(*bias);
+  if (lengths) {
+    STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long && lengths->is_contiguous() && lengths->is_cpu() &&
+                        lengths->numel() == p.batch,
+                    "lengths: expected int64 [batch] on cpu");
+    p.lengths = static_cast<const int64_t*>(lengths->data_ptr());
+  }
+  STD_TORCH_CHECK(drop_threshold >= 0 && drop_threshold < 65536, "drop_threshold: expected 0 to 65535");
+  if (drop_threshold > 0) {
+    STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cpu(),
+                    "seed: expected int64 [1] on cpu");
+    p.seed = *static_cast<const uint64_t*>(seed->data_ptr());
+  }
+  p.diagonal = static_cast<int>(diagonal);
+  p.scale = static_cast<float>(scale);
+  p.drop_threshold = static_cast<uint32_t>(drop_threshold);
+  return p;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What both backward ops share: the row statistics are computed here.
+struct Statistics {
+  Tensor log2_sum, delta;
+};
+Statistics row_statistics(const AttentionKernels& kernel, const AttentionProblem& p, AttentionGradients& g,
+                          const Tensor& lse, const OptionalTensor& dlse) {
+  STD_TORCH_CHECK(!dlse || (dlse->is_contiguous() && dlse->numel() == lse.numel() &&
+                            dlse->scalar_type() == ScalarType::Float),
+                  "dlse does not fit lse");
+  Statistics s{torch::stable::empty_like(lse), torch::stable::empty_like(lse)};
+  g.dlse = dlse ? static_cast<const float*>(dlse->data_ptr()) : nullptr;
+  g.log2_sum = static_cast<float*>(s.log2_sum.data_ptr());
+  g.delta = static_cast<float*>(s.delta.data_ptr());
+  run_tasks(p.batch * p.heads, 0,
+            [&](int64_t i, char*) { kernel.backward_rows(p, g, i / p.heads, i % p.heads); });
+  return s;
+}
+
+}  // namespace
+
+void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+                       const OptionalTensor& lengths, const OptionalTensor& bias, const OptionalTensor& seed,
+                       int64_t diagonal, double scale, int64_t drop_threshold, int64_t isa, const Tensor& out,
+                       const Tensor& lse) {
+  const AttentionKernels& kernel = kernels(isa);
+  const AttentionProblem p =
+      problem(q, k, v, mask, lengths, bias, seed, diagonal, scale, drop_threshold, out, lse);
+  // Many rows a task make the packing of keys and values cheap; few make the tasks even.
+  const int64_t threads = torch::stable::get_num_threads(), matrices = p.batch * p.heads;
+  int64_t rows = 384;
+  while (rows > 48 && matrices * ceil_div(p.q_length, rows) < 4 * threads) rows /= 2;
+  rows = ceil_div(rows, kernel.row_block) * kernel.row_block;
+  const int64_t blocks = ceil_div(p.q_length, rows);
+  // Under a causal mask the last rows have the most keys: longest first.
+  run_tasks(matrices * blocks, kernel.forward_scratch(p, rows), [&](int64_t i, char* scratch) {
+    const int64_t first = (blocks - 1 - i / matrices) * rows, matrix = i % matrices;
+    const int64_t count = first + rows < p.q_length ? rows : p.q_length - first;
+    kernel.forward(p, matrix / p.heads, matrix % p.heads, first, count, scratch);
+  });
+}
+
+void attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
+                        const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& mask,
+                        const OptionalTensor& lengths, const OptionalTensor& bias, const OptionalTensor& seed,
+                        int64_t diagonal, double scale, int64_t drop_threshold, int64_t isa, const Tensor& dq,
+                        const Tensor& dk, const Tensor& dv) {
+  const AttentionKernels& kernel = kernels(isa);
+  const AttentionProblem p =
+      problem(q, k, v, mask, lengths, bias, seed, diagonal, scale, drop_threshold, out, lse);
+  AttentionGradients g{};
+  g.dout = rows(dout, q), g.dq = rows(dq, q), g.dk = rows(dk, q), g.dv = rows(dv, q);
+  const Statistics statistics = row_statistics(kernel, p, g, lse, dlse);
+
+  const int64_t matrices = p.batch * p.heads, query_blocks = ceil_div(p.q_length, kernel.query_block);
+  g.dq_rows = query_blocks * kernel.query_block;
+  g.dq_stride = ceil_div(p.qk_dim, kernel.dq_alignment) * kernel.dq_alignment;
+  const Tensor dq_sum = torch::stable::new_zeros(lse, {matrices, g.dq_rows, g.dq_stride});
+  const Tensor turn = torch::stable::new_zeros(lse, {matrices, query_blocks}, ScalarType::Int);
+  g.dq_sum = static_cast<float*>(dq_sum.data_ptr());
+  g.turn = static_cast<int32_t*>(turn.data_ptr());
+
+  // The first keys have the most queries under a causal mask: longest first, and neighbours in time on other heads.
+  const int64_t kv_matrices = p.batch * p.kv_heads, blocks = ceil_div(p.k_length, kernel.key_block(p));
+  run_tasks(kv_matrices * blocks, kernel.backward_scratch(p), [&](int64_t i, char* scratch) {
+    const int64_t matrix = i % kv_matrices;
+    kernel.backward_keys(p, g, matrix / p.kv_heads, matrix % p.kv_heads, i / kv_matrices, scratch);
+  });
+  run_tasks(matrices, 0, [&](int64_t i, char*) { kernel.backward_queries(p, g, i / p.heads, i % p.heads); });
+}
+
+void attention_bias_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
+                             const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& mask,
+                             const OptionalTensor& lengths, const OptionalTensor& bias, const OptionalTensor& seed,
+                             int64_t diagonal, double scale, int64_t drop_threshold, int64_t isa,
+                             const Tensor& dbias) {
+  const AttentionKernels& kernel = kernels(isa);
+  const AttentionProblem p =
+      problem(q, k, v, mask, lengths, bias, seed, diagonal, scale, drop_threshold, out, lse);
+  STD_TORCH_CHECK(bias && dbias.is_contiguous() && dbias.scalar_type() == ScalarType::Float &&
+                      dbias.numel() == bias->numel(),
+                  "dbias: expected contiguous float32 of bias's shape");
+  AttentionGradients g{};
+  g.dout = rows(dout, q);
+  const Statistics statistics = row_statistics(kernel, p, g, lse, dlse);
+  g.dbias = static_cast<float*>(dbias.data_ptr());
+  g.bias_batch = bias->size(0), g.bias_heads = bias->size(1);
+  g.bias_rows = bias->size(2), g.bias_columns = bias->size(3);
+
+  const int64_t matrices = g.bias_batch * g.bias_heads;
+  const int64_t blocks = g.bias_columns == 1 ? 1 : ceil_div(p.k_length, kernel.key_block(p));
+  run_tasks(matrices * blocks, kernel.backward_scratch(p), [&](int64_t i, char* scratch) {
+    const int64_t matrix = i % matrices;
+    kernel.backward_bias(p, g, matrix / g.bias_heads, matrix % g.bias_heads, i / matrices, scratch);
+  });
+}
+
+int64_t isa_mask() {
+  int64_t mask = 0;
+  for (int64_t isa = 0; isa < kIsaCount; ++isa) mask |= int64_t{isa_present(isa)} << isa;
+  return mask;
+}
+
+double fma_loop(int64_t steps, int64_t isa) {
+  const AttentionKernels& kernel = kernels(isa);
+  const int64_t threads = torch::stable::get_num_threads();
+  std::atomic<double> total{0.0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) total.fetch_add(kernel.fma_loop(steps));
+  });
+  return total;
+}
+
+}  // namespace fastattn

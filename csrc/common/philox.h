@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) for dropout by position.
+//
+// The layout, the same in every backend (fastattn/ops/attention/philox.py):
+//   key      seed, low then high 32 bits
+//   counter  word 3 = batch, word 2 = query head, word 1 = query position,
+//            word 0 = 16 · (key position / 128) + lane, lane = key position mod 16
+//   result   four words = eight 16-bit numbers, t = 0 … 7, the low half of a word first:
+//            number t belongs to key position 128 · group + 16 · t + lane
+// So 16 consecutive counters serve 128 keys, and 16 neighbouring keys are 16 neighbouring lanes: no shuffle.
+// A key is dropped where its number is below round(65536 · dropout).
+#pragma once
+#include "common/vec.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr int kPhiloxGroup = 128;
+
+// Product of the low 32 bits of each 64-bit lane.
+FASTATTN_INLINE vq multiply_low32(vq a, vq b) {
+#if defined(__AVX512F__) && FASTATTN_LANES == 16
+  return reinterpret_cast<vq>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__) && FASTATTN_LANES == 8
+  return reinterpret_cast<vq>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// The 16-bit numbers of one row's 128 keys from 128 · group, as numbers[16 · t + lane].
+inline void philox_group(uint64_t seed, uint32_t batch, uint32_t head, uint32_t query, uint32_t group,
+                         uint32_t (&numbers)[kPhiloxGroup]) {
+  constexpr int H = W / 2;  // counters a call
+  for (int lane = 0; lane < 16; lane += H) {
+    vq c0, c1 = vq{} + query, c2 = vq{} + head, c3 = vq{} + batch;
+    for (int i = 0; i < H; ++i) c0[i] = uint64_t{16} * group + static_cast<uint64_t>(lane + i);
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    // Only the low 32 bits of a lane count; what a round leaves above them is never read.
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const vq p0 = multiply_low32(c0, vq{} + 0xD2511F53u), p1 = multiply_low32(c2, vq{} + 0xCD9E8D57u);
+      c0 = (p1 >> 32) ^ c1 ^ (vq{} + k0);
+      c1 = p1;
+      c2 = (p0 >> 32) ^ c3 ^ (vq{} + k1);
+      c3 = p0;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    const vq words[4] = {c0, c1, c2, c3};
+#pragma GCC unroll 4
+    for (int w = 0; w < 4; ++w) {
+      const vq low = words[w] & 0xffff, high = (words[w] >> 16) & 0xffff;
+#pragma GCC unroll 8
+      for (int i = 0; i < H; ++i) {
+        numbers[32 * w + lane + i] = static_cast<uint32_t>(low[i]);
+        numbers[32 * w + 16 + lane + i] = static_cast<uint32_t>(high[i]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA
