@@ -349,14 +349,15 @@ def _sample(path: Path) -> str:
 
 def _replace(path: Path, content: bytes) -> None:
     """Write a file so that others see all of it or none."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        temporary = Path(file.name)
+        try:
             file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+            file.flush()
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink()
+            raise
 
 
 def _digest(*parts: str) -> str:

@@ -66,7 +66,7 @@ class _TiktokenGPT2:
     end_of_text = 50256
 
     def __init__(self, folder: Path) -> None:
-        import tiktoken
+        import tiktoken  # noqa: PLC0415
 
         # GPT-2's ids are the ranks of its merges, so that encoder.json holds all that tiktoken asks for.
         ids: dict[str, int] = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
@@ -93,7 +93,7 @@ class _TokenizersGPT2:
     end_of_text = 50256
 
     def __init__(self, folder: Path) -> None:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
 
         ids: dict[str, int] = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
         lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]

@@ -1,0 +1,270 @@
+"""GPT-2 in one file, with the attention of your choice.
+
+Parameter names and layouts are those of `transformers.GPT2LMHeadModel`, so that checkpoints go both ways.
+Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastattn.gpt2.config import GPT2Config
+from fastattn.ops.attention import attention as tiled_attention
+from fastattn.ops.attention import causal
+
+AttentionKind = Literal["standard", "sdpa", "fastattn"]
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the positions already seen, for `capacity` positions in all."""
+
+    capacity: int
+    length: int = 0
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store ``[B, H, L, D]`` behind what is there; returns everything so far."""
+        end = self.length + k.shape[2]
+        if layer not in self.layers:
+            shape = (*k.shape[:2], self.capacity, k.shape[3])
+            self.layers[layer] = k.new_empty(shape), v.new_empty(shape)
+        keys, values = self.layers[layer]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is stored ``[in, out]``, as in OpenAI's checkpoints."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int, kind: AttentionKind) -> None:
+        super().__init__()
+        self.layer, self.kind, self.n_head, self.attn_pdrop = layer, kind, config.n_head, config.attn_pdrop
+        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        q, k, v = rearrange(self.c_attn(x), "b l (qkv h d) -> qkv b h l d", qkv=3, h=self.n_head).unbind(0)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        dropout = self.attn_pdrop if self.training else 0.0
+        if self.kind == "fastattn":
+            out = tiled_attention(q, k, v, mask=causal(), dropout=dropout)
+        elif self.kind == "sdpa":
+            square = q.shape[2] == k.shape[2]
+            keep = None if square or q.shape[2] == 1 else _keep(q, k)
+            out = F.scaled_dot_product_attention(q, k, v, keep, dropout_p=dropout, is_causal=square)
+        else:
+            out = _standard_attention(q, k, v, dropout)
+        merged: Tensor = self.resid_dropout(self.c_proj(rearrange(out, "b h l d -> b l (h d)")))
+        return merged
+
+
+def _keep(q: Tensor, k: Tensor) -> Tensor:
+    """bool ``[L_q, L_k]``: the last query sees the last key."""
+    l_q, l_k = q.shape[2], k.shape[2]
+    return torch.ones(l_q, l_k, dtype=torch.bool, device=q.device).tril(l_k - l_q)
+
+
+def _standard_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Attention as it is usually written: the scores, the probabilities and their dropout are L×L each."""
+    scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(q.shape[-1]))
+    probs = F.softmax(scores.masked_fill(~_keep(q, k), float("-inf")), dim=-1)
+    return F.dropout(probs, dropout) @ v
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = Conv1D(config.n_embd, n_inner)
+        self.c_proj = Conv1D(n_inner, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int, kind: AttentionKind) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer, kind)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: GPT2Config, kind: AttentionKind) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(Block(config, layer, kind) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        past = 0 if cache is None else cache.length
+        end, most = past + ids.shape[1], self.wpe.num_embeddings
+        if end > most:
+            raise ValueError(f"ids: expected at most n_positions {most} tokens, got {end}")
+        if cache is not None and end > cache.capacity:
+            raise ValueError(f"ids: expected at most the cache's {cache.capacity} tokens, got {end}")
+        x = self.drop(self.wte(ids) + self.wpe(torch.arange(past, end, device=ids.device)))
+        for block in self.h:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, cache, use_reentrant=False)
+            else:
+                x = block(x, cache)
+        if cache is not None:
+            cache.length = end
+        hidden: Tensor = self.ln_f(x)
+        return hidden
+
+
+class GPT2(nn.Module):
+    """GPT-2 with its language-model head, initialised as OpenAI's was.
+
+    Args:
+        config: sizes; see `config_of` for the published ones.
+        attention: ``"fastattn"`` (tiled, no L×L memory, dropout in the kernel), ``"sdpa"``
+            (`F.scaled_dot_product_attention`) or ``"standard"`` (scores and probabilities in memory).
+
+    Example:
+        >>> model = GPT2(GPT2Config(vocab_size=257, n_embd=32, n_layer=1, n_head=2)).eval()
+        >>> model(torch.tensor([[72, 105]])).shape
+        torch.Size([1, 2, 257])
+    """
+
+    def __init__(self, config: GPT2Config, attention: AttentionKind = "fastattn") -> None:
+        super().__init__()
+        if attention not in get_args(AttentionKind):
+            raise ValueError(f"attention: expected one of {list(get_args(AttentionKind))}, got {attention!r}")
+        self.config = config
+        self.transformer = Transformer(config, attention)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # two of them a layer add to the residual stream
+                nn.init.normal_(parameter, std=config.initializer_range / math.sqrt(2 * config.n_layer))
+            elif name.endswith("weight") and parameter.dim() == 2:
+                nn.init.normal_(parameter, std=config.initializer_range)
+
+    def forward(self, ids: Tensor, *, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """Logits of the next token, ``[B, L, vocab_size]``.
+
+        Args:
+            ids: int64 ``[B, L]``, at most `n_positions` with what the cache holds.
+            cache: keys and values of the tokens before `ids`; those of `ids` are added.
+            last_only: only the last position's logits, ``[B, 1, vocab_size]``.
+
+        Raises:
+            ValueError: more tokens than positions.
+        """
+        x = self.transformer(ids, cache)
+        logits: Tensor = self.lm_head(x[:, -1:] if last_only else x)
+        return logits
+
+    def loss(self, ids: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+        """Mean cross-entropy of the next token, in nats.
+
+        Args:
+            ids: int64 ``[B, L]``.
+            targets: int64 ``[B, L]``, the token after each; -100 is left out of the mean.
+            chunk: at most this many tokens' logits are held at a time, and made again in the backward
+                pass; None holds all of them, ``B · L · vocab_size`` numbers.
+        """
+        hidden, flat = self.transformer(ids).flatten(0, 1), targets.flatten()
+        if chunk is None or len(flat) <= chunk:
+            return self._summed_loss(hidden, flat) / (flat != -100).sum()
+        parts = zip(torch.split(hidden, chunk), torch.split(flat, chunk), strict=True)
+        sums = [checkpoint(self._summed_loss, x, y, use_reentrant=False) for x, y in parts]
+        return torch.stack(sums).sum() / (flat != -100).sum()
+
+    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int | None = None,
+        end_of_text: int | None = None,
+    ) -> Tensor:
+        """Continue each row of `ids`, int64 ``[B, L]`` with L >= 1; dropout is off meanwhile.
+
+        Args:
+            ids: the prompts.
+            max_new_tokens: at most this many are added behind them.
+            temperature: the logits are divided by it; 0 takes the likeliest token each time.
+            top_k: draw from this many likeliest tokens only.
+            seed: of the draws; torch's own generator if None.
+            end_of_text: a row that has drawn it repeats it, and once all have, that is the end.
+
+        Raises:
+            ValueError: an empty prompt, more tokens than positions, or options out of range.
+        """
+        total, most = ids.shape[1] + max_new_tokens, self.config.n_positions
+        if ids.shape[1] < 1 or max_new_tokens < 0 or total > most:
+            given = f"{ids.shape[1]} and {max_new_tokens}"
+            raise ValueError(
+                f"expected a token or more and 0 or more new ones, at most {most} in all, got {given}"
+            )
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"expected temperature >= 0 and top_k >= 1, got {temperature} and {top_k}")
+        generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+        training, cache, fresh = self.training, KVCache(total), ids
+        ended = torch.zeros_like(ids[:, :1], dtype=torch.bool)
+        self.eval()
+        try:
+            while ids.shape[1] < total and not bool(ended.all()):
+                logits = self(fresh, cache=cache, last_only=True)[:, 0]
+                fresh = _draw(logits.float(), temperature, top_k, generator)
+                if end_of_text is not None:
+                    fresh = fresh.masked_fill(ended, end_of_text)
+                    ended = fresh == end_of_text
+                ids = torch.cat((ids, fresh), dim=1)
+        finally:
+            self.train(training)
+        return ids
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """Next ids ``[B, 1]`` of logits ``[B, vocab_size]``."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    return torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
