@@ -1,48 +1,183 @@
-"""Which backends are here, and if not, the reasons. The only file that asks the hardware."""
+"""Which backends are here, and if not, the reasons. The only file that asks the hardware.
+
+The C++ library is looked for when it is first needed, never at import: the one installed with the package,
+else one built from csrc/ into the user's cache, else none, and then one warning says what to do.
+"""
 
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from functools import cache
 from pathlib import Path
+from typing import Final, NamedTuple
 
 import torch
 
+from fastattn import _build
+
 # Best first: the order in which `attention` looks for one that can run.
-NAMES = ("cpu", "reference")
+NAMES: Final = ("cpu", "reference")
 # The C++ kernels' instruction sets and their ids in csrc/common/isa.h, slowest first.
-ISAS = ("scalar", "avx2", "avx512", "wide")
+ISAS: Final = ("scalar", "avx2", "avx512", "wide")
+_WIDE: Final = ISAS.index("wide")  # the 16-lane body on AVX2: for its results, never the default
+
+# Set to one of ISAS it takes the place of FASTATTN_ISA; see `fastattn.testing`.
+isa_override: str | None = None
+
+_PACKAGE: Final = Path(__file__).resolve().parent
+_lock = threading.Lock()
 
 
-@cache
-def _load() -> list[str]:
-    path = os.environ.get("FASTATTN_LIBRARY", str(Path(__file__).with_name("_C.abi3.so")))
+class Library(NamedTuple):
+    """The C++ library that was loaded, or why there is none.
+
+    Attributes:
+        path: what was loaded; None where nothing could be.
+        origin: how it came here, in words.
+        notes: what was tried before, and did not do.
+    """
+
+    path: Path | None
+    origin: str
+    notes: tuple[str, ...] = ()
+
+
+_library: Library | None = None
+
+
+def library() -> Library:
+    """The C++ library, loaded at the first call; RuntimeWarning at that call where there is none."""
+    global _library  # noqa: PLW0603
+    if _library is None:
+        with _lock:
+            if _library is None:
+                found = _find_library()
+                if found.path is None:
+                    _warn(found)
+                _library = found
+    return _library
+
+
+def csrc() -> Path | None:
+    """The kernels' sources: beside the package in a source tree, within it in an installed one."""
+    return next(
+        (folder for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if _is_csrc(folder)), None
+    )
+
+
+def _is_csrc(folder: Path) -> bool:
+    return (folder / "library.cpp").is_file()
+
+
+def _find_library() -> Library:
+    given = os.environ.get("FASTATTN_LIBRARY")
+    if given:
+        failed = _load(Path(given))
+        if failed:
+            return Library(None, "none", (f"FASTATTN_LIBRARY: {failed}",))
+        return Library(Path(given), "FASTATTN_LIBRARY")
+    notes = []
+    sources = csrc()
+    prebuilt = _PACKAGE / _build.LIBRARY_NAME
+    if not prebuilt.exists():
+        notes.append(f"no library was installed ({prebuilt})")
+    elif sources is not None and _build.built_from(prebuilt) != _build.source_hash(sources):
+        notes.append(f"{prebuilt} was not built from what {sources} is now")
+    else:
+        failed = _load(prebuilt)
+        if not failed:
+            return Library(prebuilt, "installed with the package")
+        notes.append(failed)
+
+    if os.environ.get("FASTATTN_JIT") == "0":
+        notes.append("FASTATTN_JIT=0: none is built on first use")
+    elif sources is None:
+        notes.append("there are no sources to build one from")
+    else:
+        torch_dir = Path(torch.__file__).parent
+        try:
+            built = _build.build_in_cache(sources, torch_dir, str(torch.__version__))
+        except _build.BuildError as error:
+            notes.append(str(error))
+        else:
+            failed = _load(built)
+            if not failed:
+                return Library(built, "built on first use", tuple(notes))
+            notes.append(failed)
+    return Library(None, "none", tuple(notes))
+
+
+def _load(path: Path) -> str | None:
+    """Load the library; what went wrong if it can't be."""
     try:
         torch.ops.load_library(path)
-    except OSError as error:
-        return [str(error)]
-    return []
+    except (OSError, RuntimeError) as error:
+        return f"{path} does not load: {str(error).splitlines()[0]}"
+    if not hasattr(torch.ops.fastattn_cpu, "isa_present"):
+        return f"{path} is not a fastattn library"
+    return None
+
+
+def _warn(found: Library) -> None:
+    warnings.warn(
+        "fastattn: the CPU kernels are not here, so attention on CPU runs as plain PyTorch: slower, and with "
+        f"the whole L×L matrix in memory. {'; '.join(found.notes)}. `python -m fastattn env` tells more",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 @torch.compiler.assume_constant_result
 def unavailable(backend: str) -> list[str]:
     """Why `backend` is not here; empty where it is."""
-    return _load() if backend == "cpu" else []
+    if backend != "cpu":
+        return []
+    found = library()
+    return list(found.notes) if found.path is None else []
 
 
 def require(backend: str) -> None:
     """Raise RuntimeError where `backend` is not here."""
     reasons = unavailable(backend)
     if reasons:
-        raise RuntimeError("; ".join(reasons))
-
-
-def cpu_isa() -> str:
-    """Name of the instruction set the C++ kernels run on."""
-    return ISAS[cpu_isa_id()]
+        raise RuntimeError(f"backend={backend!r} is not here: {'; '.join(reasons)}")
 
 
 @cache
+def isas_present() -> tuple[str, ...]:
+    """The instruction sets that this CPU can run and the library has kernels for.
+
+    Raises:
+        RuntimeError: there is no library.
+    """
+    require("cpu")
+    present: int = torch.ops.fastattn_cpu.isa_present()
+    return tuple(name for bit, name in enumerate(ISAS) if present >> bit & 1)
+
+
+def cpu_isa() -> str:
+    """Name of the instruction set the C++ kernels run on.
+
+    Raises:
+        ValueError: FASTATTN_ISA, or `isa_override`, is none of those present.
+    """
+    return ISAS[cpu_isa_id()]
+
+
 def cpu_isa_id() -> int:
     """Its id in csrc/common/isa.h."""
-    return ISAS.index(os.environ.get("FASTATTN_ISA", "avx512"))
+    return _pick_isa(isa_override)
+
+
+@cache
+def _pick_isa(override: str | None) -> int:
+    present = isas_present()
+    wanted = override or os.environ.get("FASTATTN_ISA")
+    if wanted:
+        if wanted not in present:
+            source = "isa_override" if override else "FASTATTN_ISA"
+            raise ValueError(f"{source}: expected one of {list(present)} (present here), got {wanted!r}")
+        return ISAS.index(wanted)
+    return max(ISAS.index(name) for name in present if ISAS.index(name) != _WIDE)
