@@ -200,7 +200,7 @@ class Batches:
         """
         if step < 0:
             raise ValueError(f"step: expected 0 or more, got {step}")
-        generator = torch.Generator().manual_seed(_mix(self._seed ^ _mix(step)))
+        generator = torch.Generator().manual_seed(mix(self._seed ^ mix(step)))
         starts = torch.randint(self._ends[-1], (self._batch,), generator=generator).tolist()
         rows = torch.stack([self._window(start) for start in starts])
         if int(rows.max()) >= self._vocab_size:
@@ -373,8 +373,8 @@ def _as_bytes(parts: Iterable[str]) -> Iterable[bytes]:
     return (part.encode("utf-8") for part in parts)
 
 
-def _mix(x: int) -> int:
-    """splitmix64's finaliser: neighbouring numbers to unrelated ones (Steele et al., OOPSLA 2014)."""
+def mix(x: int) -> int:
+    """Neighbouring 64-bit numbers to unrelated ones: splitmix64 (Steele et al., OOPSLA 2014)."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64

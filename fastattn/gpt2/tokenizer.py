@@ -81,10 +81,12 @@ class _TiktokenGPT2:
         )
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        ids: list[int] = self._encoding.encode_ordinary(text)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._encoding.decode(list(ids))
+        text: str = self._encoding.decode(list(ids))
+        return text
 
 
 class _TokenizersGPT2:

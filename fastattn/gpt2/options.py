@@ -1,0 +1,113 @@
+"""What a training run can be told: one list, for Python and for the command line."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final
+
+import torch
+
+from fastattn.gpt2.config import SIZES, config_of
+
+# Peak learning rates: Brown et al., "Language Models are Few-Shot Learners", 2020, table 2.1; the two
+# small sizes as nanoGPT's character model.
+_LEARNING_RATES: Final = {768: 6e-4, 1024: 3e-4, 1280: 2.5e-4, 1600: 2e-4}
+_SMALL: Final = 1e-3
+_FINE_TUNING: Final = 3e-5
+
+
+def _option(default: Any, text: str, **argument: Any) -> Any:
+    return field(default=default, metadata={"help": text, **argument})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `train`, and of `fastattn train` under the same names with dashes."""
+
+    size: str | None = _option(
+        None, f"{', '.join(SIZES)}, or 124M … 1558M (gpt2 on a GPU, tiny on a CPU)", type=str
+    )
+    init: str | None = _option(
+        None, "start from a folder with config.json and model.safetensors, instead of --size", type=str
+    )
+    attention: str = _option("fastattn", "standard, sdpa or fastattn")
+    dropout: float | None = _option(None, "everywhere (the model's own: 0.1)", type=float)
+    data: str = _option("shakespeare", "shakespeare, a text file, a folder, or nanoGPT's .bin")
+    tokenizer: str = _option("gpt2", "gpt2 or bytes")
+    validation: float = _option(0.1, "share of the tokens to hold out")
+    joined: bool = _option(False, "let examples run over the end of a document into the next")
+    context: int = _option(1024, "tokens an example")
+    batch: int = _option(4, "examples at a time")
+    accumulate: int = _option(1, "batches a step")
+    steps: int = _option(500, "optimizer steps")
+    lr: float | None = _option(None, "peak learning rate (by size; 3e-5 with --init)", type=float)
+    min_lr: float = _option(0.1, "share of the peak at the end of the cosine")
+    warmup: int | None = _option(None, "steps of linear warm-up (a twentieth of them)", type=int)
+    weight_decay: float = _option(0.1, "of matrices and embeddings")
+    beta1: float = _option(0.9, "AdamW's")
+    beta2: float = _option(0.95, "AdamW's")
+    clip: float = _option(1.0, "largest norm of the gradient; 0 for any")
+    seed: int = _option(1, "of weights, batches and dropout")
+    device: str | None = _option(None, "cpu, cuda, cuda:1 … (cuda where there is one)", type=str)
+    dtype: str = _option("auto", "auto, float32, or bfloat16 (autocast)")
+    threads: int = _option(0, "CPU threads; 0 for torch's choice")
+    compile: bool = _option(False, "torch.compile the model")
+    gradient_checkpointing: bool = _option(False, "recompute each block in the backward pass: less memory")
+    loss_chunk: int = _option(4096, "tokens whose logits are held at a time; 0 for all")
+    eval_every: int = _option(100, "steps between validation losses; 0 for none")
+    eval_batches: int = _option(8, "batches of a validation loss")
+    save_every: int = _option(100, "steps between checkpoints")
+    keep: int = _option(2, "checkpoints that stay")
+    out: str = _option("runs/train", "folder of log and checkpoints")
+    resume: bool = _option(False, "go on from the latest checkpoint in --out, if there is one")
+    dry_run: bool = _option(False, "print the plan, with a measured step, and end")
+    sample: str | None = _option(
+        None, "at the end, continue this text (a new line if none is given)", type=str, nargs="?", const="\n"
+    )
+    sample_tokens: int = _option(200, "tokens of the sample")
+
+    def __post_init__(self) -> None:
+        least = {"context": 1, "batch": 1, "accumulate": 1, "steps": 1, "save_every": 1, "keep": 1}
+        least |= {"eval_every": 0, "eval_batches": 1, "loss_chunk": 0, "threads": 0, "clip": 0, "seed": 0}
+        least |= {"warmup": 0, "lr": 0, "min_lr": 0, "weight_decay": 0, "sample_tokens": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= bound:
+                raise ValueError(f"{name}: expected at least {bound}, got {value}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"dtype: expected auto, float32 or bfloat16, got {self.dtype!r}")
+        if self.size is not None and self.init is not None:
+            raise ValueError(f"expected one of size and init, got {self.size!r} and {self.init!r}")
+
+    def resolved(self) -> Options:
+        """The same with every choice that was left open made, except `dropout`, which is the model's own."""
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        size = self.size or (None if self.init else "gpt2" if device.startswith("cuda") else "tiny")
+        if self.lr is not None:
+            lr = self.lr
+        elif size is None:
+            lr = _FINE_TUNING
+        else:
+            lr = _LEARNING_RATES.get(config_of(size).n_embd, _SMALL)
+        warmup = max(1, self.steps // 20) if self.warmup is None else self.warmup
+        return replace(self, device=device, size=size, lr=lr, warmup=warmup)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` an argument for each of `Options`."""
+    for option in fields(Options):
+        settings = dict(option.metadata)
+        if isinstance(option.default, bool):
+            settings["action"] = "store_true"
+        else:
+            settings.setdefault("type", type(option.default))
+            settings["default"] = option.default
+            if option.default is not None:
+                settings["help"] += " (%(default)s)"
+        parser.add_argument(f"--{option.name.replace('_', '-')}", **settings)
+
+
+def from_arguments(args: argparse.Namespace) -> Options:
+    """`Options` of what `add_arguments` parsed."""
+    return Options(**{option.name: getattr(args, option.name) for option in fields(Options)})
