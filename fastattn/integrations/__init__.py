@@ -1,0 +1,1 @@
+"""Other packages' attention interfaces, served by `fastattn.attention`; one file per package."""
