@@ -1,0 +1,208 @@
+"""The report folder of a comparison: report.md, plots and result.json, written from the result alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastattn.gpt2.compare.result import BASELINE, OURS
+
+
+def write_report(result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write result.json, speed.png, memory.png, loss.png and report.md.
+
+    Args:
+        result: of `result_of`.
+        folder: made if it is not there.
+
+    Returns:
+        The files written. The plots are left out, and the report says so, where matplotlib is missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / "result.json"]
+    written[0].write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    plots: list[str] | None = None
+    try:
+        from fastattn.gpt2.compare import plots as plotting  # noqa: PLC0415, needs matplotlib
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("matplotlib"):
+            raise
+    else:
+        plots = plotting.write_plots(result, folder)
+        written += [folder / name for name in plots]
+    written.append(folder / "report.md")
+    written[-1].write_text(markdown(result, plots), encoding="utf-8")
+    return written
+
+
+def markdown(result: Mapping[str, Any], plots: list[str] | None) -> str:
+    """The report's text; `plots` names the images beside it, None where matplotlib is missing."""
+    settings, model = result["settings"], result["model"]
+    where = result["machine"]["gpu"] or result["machine"]["cpu"]
+    parameters = "" if model["parameters"] is None else f", {model['parameters'] / 1e6:.1f} M parameters"
+    parts = [
+        f"# {model['title']}: fastattn against standard attention",
+        f"**{result['verdict']}**",
+        f"{model['n_layer']} layers, {model['n_head']} heads, width {model['n_embd']}{parameters}; batch "
+        f"{settings['batch']} × {settings['context']:,} tokens, dropout {settings['dropout']}, "
+        f"{settings['dtype']}, on {where}.",
+    ]
+    if settings["quick"]:
+        parts.append("A quick run on a small model: what it says holds for this size only.")
+    parts += [f"> {warning}" for warning in warnings(result)]
+    parts.append("## Training")
+    parts.append(train_table(result["train"]) or "No step was measured.")
+    if plots is None:
+        parts.append("Plots need matplotlib: `pip install matplotlib`.")
+    parts += [f"![{name}]({name})" for name in plots or []]
+    parts += _parity(result)
+    if result["sweep"]:
+        parts += _sweep(result)
+    parts += ["## What was cut or went wrong", _list(result["notes"]) or "Nothing."]
+    parts += ["## How it was measured", _method(result)]
+    return "\n\n".join(parts) + "\n"
+
+
+def warnings(result: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before the numbers."""
+    found = []
+    if result["interrupted"]:
+        found.append("Interrupted: this is what was measured until then.")
+    for name, row in result["implementations"].items():
+        if row["status"] != "measured":
+            found.append(f"{name}: {row['status']}: {row['reason']}")
+    ours = result["implementations"][OURS]["model"]
+    if ours is not None and "backend: reference" in (ours["backend"] or ""):
+        found.append("fastattn ran its slow reference, not its kernels; `python -m fastattn env` tells why.")
+    if result["parity"]["passed"] is False:
+        found.append("The losses differ by more than rounding explains: do not trust this build.")
+    return found
+
+
+def train_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The rows of `summaries` as a Markdown table; empty without rows."""
+    lines = []
+    for name, row in rows.items():
+        speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}×"
+        lines.append(
+            [
+                name,
+                f"{row['median_ms']:,.0f}",
+                f"{row['min_ms']:,.0f}",
+                f"{row['max_ms']:,.0f}",
+                str(row["steps"]),
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['peak_bytes'] / 1e9:.2f}",
+                f"{row['activation_bytes'] / 1e9:.2f}",
+                speedup,
+            ]
+        )
+    head = ["", "ms a step (median)", "min", "max", "steps", "tokens/s", "peak GB", "of which activations"]
+    return _table([*head, "speed-up"], lines)
+
+
+def _parity(result: Mapping[str, Any]) -> list[str]:
+    found = result["parity"]
+    parts = ["## The same losses"]
+    if not found["largest"]:
+        return [*parts, "Not compared."]
+    outcome = {True: "pass", False: "FAIL", None: "not compared"}[found["passed"]]
+    lines = [
+        [name, f"{found['largest'][name]:.1e}", f"{found['last'][name]:.1e}"] for name in found["largest"]
+    ]
+    parts.append(
+        f"{found['steps']} steps with dropout 0 from the same weights on the same batches; difference of the "
+        f"loss from the standard's, relative to it (ours may be at most {found['tolerance']:.0e}: {outcome})."
+    )
+    parts.append(_table(["", "largest of the steps", "at the last step"], lines))
+    if result["settings"]["dropout"] > 0 and found["timing"]:
+        parts += ["What these steps without dropout took:", train_table(found["timing"])]
+    return parts
+
+
+def _sweep(result: Mapping[str, Any]) -> list[str]:
+    cells: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for row in result["sweep"]:
+        cells.setdefault(row["context"], {})[row["implementation"]] = row
+    names = list(result["implementations"])
+    lines = []
+    for context, row in cells.items():
+        speed = "–"
+        if all(name in row and row[name]["ms"] is not None for name in (BASELINE, OURS)):
+            speed = f"{row[BASELINE]['ms'] / row[OURS]['ms']:.2f}×"
+        lines.append([f"{context:,}", *(sweep_cell(row[n]) if n in row else "–" for n in names), speed])
+    budget = result["budget"]["device_bytes"] or result["budget"]["memory_bytes"]
+    positions = ""
+    if max(cells) > 1024:
+        positions = (
+            " Beyond GPT-2's 1,024 tokens the model has as many more position embeddings, nothing else."
+        )
+    reasons = [
+        f"{row['implementation']}, {row['context']:,} tokens: {row['status']}: {row['reason']}"
+        for row in result["sweep"]
+        if row["status"] != "measured"
+    ]
+    return [
+        "## Longer contexts",
+        f"Milliseconds and peak memory of one training step, batch {result['settings']['batch']}, the same "
+        f"model; memory budget {budget / 1e9:.1f} GB.{positions}",
+        _table(["tokens", *names, "speed-up"], lines),
+        _list(reasons),
+    ]
+
+
+def sweep_cell(row: Mapping[str, Any]) -> str:
+    """A point of the sweep for people."""
+    if row["status"] == "measured":
+        return f"{row['ms']:,.0f} ms, {row['peak_bytes'] / 1e9:.2f} GB"
+    return str(row["status"])
+
+
+def _method(result: Mapping[str, Any]) -> str:
+    machine, versions, settings = result["machine"], result["versions"], result["settings"]
+    budget = result["budget"]
+    rows = [
+        f'{name}: {row["what"]} (`attn_implementation="{row["attn_implementation"]}"`)'
+        for name, row in result["implementations"].items()
+    ]
+    backend = result["implementations"][OURS]["model"]
+    lines = [
+        *rows,
+        "one process each, taking turns of "
+        f"{max(1, settings['steps'] // settings['rounds'])} step(s) in rotating order; the first step of "
+        "each warms up and is not in the medians; a step is forward, loss, backward, AdamW (fused)",
+        f"initial weights from seed {settings['seed']}, sha256 `{str(result['model']['weights'])[:16]}…` in "
+        "every process",
+        f"text: {result['data']['source']}, {result['data']['train_tokens']:,} tokens "
+        f"({result['data']['tokenizer']}), the same batches for all",
+        "peak memory is the process's resident high-water mark during the steps (on a GPU: torch's allocated "
+        "bytes); activations are what of it is above the libraries, weights, gradients and AdamW's state; "
+        "GB are 10^9 bytes",
+        f"memory budget {budget['memory_bytes'] / 1e9:.1f} GB: what needs more is not run, or stopped on "
+        "reaching it",
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"torch's {machine['isa']}, {machine['system']}, {machine['memory_bytes'] / 1e9:.1f} GB"
+        + _gpu(machine),
+        ", ".join(f"{name} {found}" for name, found in versions.items()),
+        f"{result['started']}, {result['seconds'] / 60:.1f} minutes",
+    ]
+    if backend is not None and backend["backend"]:
+        lines.insert(len(rows), f"fastattn's {backend['backend'].splitlines()[0]}")
+    return _list(lines)
+
+
+def _gpu(machine: Mapping[str, Any]) -> str:
+    return f", {machine['gpu']}" if machine["gpu"] else ""
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    if not lines:
+        return ""
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
+
+
+def _list(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,472 @@
+"""`fastattn compare gpt2`: real processes on a tiny model, and the plan of a run against simulated ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from fastattn.gpt2 import compare
+from fastattn.gpt2.compare import process as process_module
+from fastattn.gpt2.compare import session as session_module
+from fastattn.gpt2.compare.plan import fit, predict, rotated, turns
+from fastattn.gpt2.compare.process import OutOfMemory, OutOfTime, Worker, WorkerFailed, resident_bytes
+from fastattn.gpt2.compare.progress import Progress
+from fastattn.gpt2.compare.report import markdown
+from fastattn.gpt2.compare.result import result_of, summaries, verdict
+from fastattn.gpt2.compare.session import Session
+from fastattn.gpt2.compare.settings import IMPLEMENTATIONS, Settings, settings_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return write_ids(tmp_path / "text.bin", "Attention is a weighted mean of values. " * 400)
+
+
+def write_ids(path: Path, text: str) -> Path:
+    """Bytes as a nanoGPT file of ids, which needs no cache."""
+    path.write_bytes(bytes(torch.tensor(list(text.encode()), dtype=torch.uint16).untyped_storage()))
+    return path
+
+
+def parsed(*words: str | Path) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    return parser.parse_args([str(word) for word in words])
+
+
+def parse(*words: str | Path) -> Settings:
+    return settings_of(parsed(*words))
+
+
+def plain(text: Path) -> list[str | Path]:
+    words: list[str | Path] = ["--size", "2x2x32", "--context", "63", "--steps", "2", "--no-sweep"]
+    return [*words, "--device", "cpu", "--data", text, "--tokenizer", "bytes"]
+
+
+def tiny(text: Path, *words: str | Path) -> Settings:
+    return parse(*plain(text), *words)
+
+
+# --- on real processes
+
+
+def test_a_comparison_of_all_three_writes_a_whole_report(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    status = compare.compare(tiny(text, "--sweep", "32,63,127"), folder)
+    result = json.loads((folder / "result.json").read_text())
+    assert status == 0, result["implementations"]
+
+    for name in ("report.md", "speed.png", "memory.png", "loss.png"):
+        assert (folder / name).stat().st_size > 1000
+    assert set(result) == {
+        *("schema", "started", "seconds", "interrupted", "settings", "model", "data", "machine", "versions"),
+        *("budget", "implementations", "train", "parity", "sweep", "notes", "samples", "verdict"),
+    }
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["data"]["train_tokens"] > 1000
+    assert list(result["train"]) == list(IMPLEMENTATIONS)
+
+    # every sample is there: 2 steps with and 2 without dropout, and the sweep's other two contexts
+    assert len(result["samples"]) == 3 * (2 + 2 + 2)
+    assert all(s["loss"] > 0 and s["ms"] > 0 and s["peak_bytes"] > 0 for s in result["samples"])
+    weights = {row["model"]["weights"] for row in result["implementations"].values()}
+    assert len(weights) == 1
+    assert result["parity"]["passed"] is True
+    assert result["parity"]["largest"]["fastattn"] <= 1e-5
+    assert result["parity"]["steps"] == 2
+
+    # the report's numbers are the result's
+    report = (folder / "report.md").read_text()
+    assert result["verdict"] in report
+    for name, row in result["train"].items():
+        line = next(line for line in report.splitlines() if line.startswith(f"| {name} |"))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[1:4] == [f"{row[key]:,.0f}" for key in ("median_ms", "min_ms", "max_ms")]
+        assert cells[6] == f"{row['peak_bytes'] / 1e9:.2f}"
+        assert cells[8] == f"{row['speedup']:.2f}×"
+    assert [(row["context"], row["implementation"], row["status"]) for row in result["sweep"]] == [
+        (context, name, "measured") for context in (32, 63, 127) for name in IMPLEMENTATIONS
+    ]
+    assert f"{result['sweep'][0]['ms']:,.0f} ms" in report
+
+
+def test_one_implementation_failing_leaves_the_rest(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(IMPLEMENTATIONS, "fastattn", ("no_such_attention", "one that is not registered"))
+    assert compare.compare(tiny(text), tmp_path) == 1
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["implementations"]["fastattn"]["status"] == "failed"
+    assert "no_such_attention" in result["implementations"]["fastattn"]["reason"]
+    assert result["train"]["standard"]["steps"] == 1
+    assert "no_such_attention" in (tmp_path / "report.md").read_text()
+    assert "No comparison" in capsys.readouterr().out
+
+
+def test_the_watchdog_kills_a_child_at_its_limit(text: Path, tmp_path: Path) -> None:
+    settings = tiny(text)
+    with Session(settings, Progress(["standard"])) as session:
+        worker = Worker(settings.worker_spec("eager", session.config, None), tmp_path / "log")
+        worker.send({"do": "build", "context": 1500, "dropout": 0.1})
+        assert worker.wait()["parameters"] > 10_000
+        resident = worker.resident()
+        assert resident > 50e6
+
+        # an L×L matrix is 18 MB here, and several are kept
+        torch.save({"x": torch.ones(1, 1, 1500).long(), "y": torch.ones(1, 1, 1500).long()}, tmp_path / "b")
+        step = {"do": "step", "batches": str(tmp_path / "b"), "index": 0}
+        worker.send(step)
+        answer = worker.wait(limit=resident + int(2e9))
+        assert answer["peak_bytes"] > resident + 4 * 18e6
+
+        torch.save(
+            {"x": torch.ones(1, 64, 1500).long(), "y": torch.ones(1, 64, 1500).long()}, tmp_path / "b64"
+        )
+        worker.send({**step, "batches": str(tmp_path / "b64")})
+        with pytest.raises(OutOfMemory, match=r"stopped at .* GB, its limit"):
+            worker.wait(limit=resident + int(4e8))
+        assert resident_bytes(worker.pid) == 0
+
+
+def test_a_child_that_dies_or_is_late_is_told_apart(text: Path, tmp_path: Path) -> None:
+    spec = {"attention": "eager", "device": "cpu", "dtype": "no_such_dtype"}
+    worker = Worker(spec, tmp_path / "log")
+    worker.send({"do": "build", "context": 8, "dropout": 0.0})
+    with pytest.raises(OutOfTime):
+        worker.wait(deadline=0.0)
+    assert resident_bytes(worker.pid) == 0
+
+    worker = Worker(spec, tmp_path / "log")
+    worker.send({"do": "build", "context": 8, "dropout": 0.0})
+    with pytest.raises(WorkerFailed, match="no_such_dtype"):
+        worker.wait()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(WorkerFailed, match="ended with status -9"):
+        worker.wait()
+    worker.close()
+
+
+def test_ctrl_c_ends_the_children_and_leaves_a_report(text: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastattn", "compare", "gpt2", "--size", "1x1x8", "--context", "32"]
+    command += ["--steps", "20000", "--tokenizer", "bytes", "--data", str(text), "--device", "cpu"]
+    with subprocess.Popen(
+        [*command, "--output", str(tmp_path / "out")],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        assert parent.stderr is not None
+        for line in parent.stderr:
+            if "step 3/" in line:
+                break
+        children = _children(parent.pid)
+        assert len(children) == 3
+        parent.send_signal(signal.SIGINT)
+        parent.communicate(timeout=30)
+    assert parent.returncode == 130
+    assert all(resident_bytes(child) == 0 for child in children)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["interrupted"] is True
+    assert result["samples"]
+    assert "Interrupted" in (tmp_path / "out" / "report.md").read_text()
+
+
+def _children(pid: int) -> list[int]:
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True
+    )
+    return [int(word) for word in found.stdout.split()]
+
+
+# --- on simulated processes and a simulated clock: how time and memory are shared out
+
+
+class Clock:
+    """Stands for the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class SimulatedWorker:
+    """Answers as a child would; a step takes time and memory by a law of the context."""
+
+    clock: ClassVar[Clock]
+    seconds: ClassVar[dict[str, tuple[float, float]]] = {}  # per 1,024 tokens, and per its square
+    activations: ClassVar[dict[str, tuple[float, float]]] = {}  # GB, likewise
+    at_rest = int(2e9)
+
+    def __init__(self, spec: dict[str, Any], log: Path) -> None:
+        self.name = next(
+            name for name, (attention, _) in IMPLEMENTATIONS.items() if attention == spec["attention"]
+        )
+        self.command: dict[str, Any] = {}
+        self.context = 0
+
+    def resident(self) -> int:
+        return self.at_rest
+
+    def send(self, command: dict[str, Any]) -> None:
+        self.command = command
+
+    def wait(self, limit: int, deadline: float | None, tick: Any) -> dict[str, Any]:
+        if self.command["do"] == "build":
+            self.clock.now += 2
+            self.context = self.command["context"]
+            model = {"libraries_bytes": int(4e8), "model_bytes": int(1.6e9), "weights": "same"}
+            return {**model, "parameters": 10**8, "threads": 2, "backend": None}
+        context = int(Path(self.command["batches"]).name.split("-")[0])
+        t = context / 1024
+        (a, b), (c, d) = self.seconds[self.name], self.activations[self.name]
+        seconds, peak = a * t + b * t * t, self.at_rest + int(1e9 * (c * t + d * t * t))
+        if peak > limit:
+            raise OutOfMemory("stopped", limit)
+        self.clock.now += seconds
+        if deadline is not None and self.clock.now > deadline:
+            raise OutOfTime
+        return {"loss": 10.0, "ms": 1000 * seconds, "peak_bytes": peak}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def simulated(text: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A session on a machine of two cores: the times and sizes are those of GPT-2 124M."""
+    clock = Clock()
+    monkeypatch.setattr(SimulatedWorker, "clock", clock, raising=False)
+    monkeypatch.setattr(SimulatedWorker, "seconds", {"standard": (6, 8), "sdpa": (6, 6), "fastattn": (6, 1)})
+    monkeypatch.setattr(
+        SimulatedWorker, "activations", {"standard": (1, 2.6), "sdpa": (1, 2.6), "fastattn": (1, 0)}
+    )
+    monkeypatch.setattr(session_module, "Worker", SimulatedWorker)
+    monkeypatch.setattr(session_module, "time", clock)
+    monkeypatch.setattr(session_module, "available_bytes", lambda: int(24e9))
+
+    def run(*words: str) -> dict[str, Any]:
+        long = write_ids(text.with_name("long.bin"), "word " * 40_000)
+        settings = parse("--data", long, "--tokenizer", "bytes", "--device", "cpu", *words)
+        with Session(settings, Progress(list(IMPLEMENTATIONS))) as session:
+            session.run()
+        result = result_of(session, started="now", seconds=clock.now - 1000, interrupted=False)
+        assert markdown(result, None)
+        return result
+
+    return run
+
+
+def cells(result: dict[str, Any]) -> dict[tuple[int, str], str]:
+    return {(row["context"], row["implementation"]): row["status"] for row in result["sweep"]}
+
+
+def test_the_default_run_fits_its_time(simulated: Any) -> None:
+    result = simulated()
+    assert result["seconds"] < 12 * 60
+    assert [result["train"][name]["steps"] for name in IMPLEMENTATIONS] == [5, 5, 5]
+    assert result["parity"]["steps"] >= 2
+    at = cells(result)
+    assert [at[1024, name] for name in IMPLEMENTATIONS] == ["measured"] * 3
+    assert [at[2048, name] for name in IMPLEMENTATIONS] == ["measured"] * 3
+    assert [at[4096, name] for name in IMPLEMENTATIONS] == ["out of memory", "out of memory", "measured"]
+    assert at[8192, "standard"] == "out of memory"
+    refused = next(row for row in result["sweep"] if row["status"] == "out of memory")
+    assert refused["predicted_bytes"] == pytest.approx(2e9 + 4e9 + 16 * 2.6e9, rel=0.01)
+    assert "would need about 48 GB" in refused["reason"]
+
+
+def test_a_slow_machine_does_fewer_steps_and_says_so(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        SimulatedWorker, "seconds", {"standard": (15, 20), "sdpa": (15, 15), "fastattn": (15, 3)}
+    )
+    result = simulated()
+    assert result["seconds"] <= 11 * 60
+    assert result["train"]["standard"]["steps"] == 2
+    assert any(note.startswith("train: 3 of 6 steps") for note in result["notes"])
+    assert any(status == "not run (time)" for status in cells(result).values())
+
+
+def test_steps_that_were_asked_for_are_not_cut(simulated: Any) -> None:
+    result = simulated("--steps", "40", "--no-sweep", "--time-budget", "100")
+    assert result["train"]["fastattn"]["steps"] == 39
+    assert result["parity"]["steps"] == 40
+
+
+def test_the_time_budget_ends_a_run_in_the_middle(simulated: Any) -> None:
+    result = simulated("--steps", "40", "--time-budget", "2")
+    assert 0 < result["train"]["standard"]["steps"] < 39
+    assert any("stopped at the time budget" in note for note in result["notes"])
+    assert result["parity"]["passed"] is None
+
+
+def test_without_room_beside_each_other_they_run_one_by_one(simulated: Any) -> None:
+    result = simulated("--steps", "3", "--memory-budget", "6", "--no-sweep")
+    assert any("not interleaved" in note for note in result["notes"])
+    order = [s["implementation"] for s in result["samples"] if s["phase"] == "train"]
+    assert order == ["standard"] * 3 + ["sdpa"] * 3 + ["fastattn"] * 3
+
+
+def test_where_only_ours_fits_the_others_are_out_of_memory(simulated: Any) -> None:
+    result = simulated("--steps", "3", "--memory-budget", "4.5", "--sweep", "512,1k,2k")
+    assert list(result["train"]) == ["fastattn"]
+    assert result["implementations"]["standard"]["status"] == "out of memory"
+    at = cells(result)
+    assert [at[t, "fastattn"] for t in (512, 1024, 2048)] == ["measured"] * 3
+    assert [at[t, "standard"] for t in (512, 1024, 2048)] == ["measured", "out of memory", "out of memory"]
+    assert "out of memory" in result["verdict"]
+
+
+def test_a_context_longer_than_the_text_is_told(simulated: Any) -> None:
+    result = simulated("--steps", "2", "--sweep", "256k")
+    assert set(cells(result).values()) <= {"not run (data)", "out of memory"}
+    assert cells(result)[256 * 1024, "fastattn"] == "out of memory"
+
+
+# --- the arithmetic
+
+
+def test_fit_recovers_a_law_and_never_goes_below_zero() -> None:
+    assert fit({256: 3 * 256 + 0.5 * 256**2, 512: 3 * 512 + 0.5 * 512**2}) == pytest.approx((3, 0.5))
+    assert fit({256: 512.0, 512: 1000.0}) == pytest.approx((1000 / 512, 0))  # bends down: taken as linear
+    assert fit({1: 1.0, 2: 4.0, 4: 16.0}) == pytest.approx((0, 1))
+    with pytest.raises(ValueError, match="at least 2"):
+        fit({512: 1.0})
+
+
+def test_predictions_from_one_point_are_bounds() -> None:
+    assert predict({}, 2048, "least") is None
+    assert predict({1024: 8.0}, 512, "least") == 2.0
+    assert predict({1024: 8.0}, 512, "most") == 4.0
+    assert (
+        predict({512: 1.0, 1024: 4.0}, 2048, "least") == predict({512: 1.0, 1024: 4.0}, 2048, "most") == 16.0
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 17])
+@pytest.mark.parametrize("rounds", [1, 2, 3, 40])
+def test_turns_cover_every_step_once(steps: int, rounds: int) -> None:
+    cut = turns(steps, rounds)
+    assert [step for turn in cut for step in turn] == list(range(steps))
+    assert max(map(len, cut)) - min(map(len, cut)) <= 1
+
+
+def test_each_implementation_comes_first_in_its_turn() -> None:
+    assert [rotated(list(IMPLEMENTATIONS), turn)[0] for turn in range(4)] == [*IMPLEMENTATIONS, "standard"]
+
+
+def sample(name: str, ms: float, peak: int, step: int = 1) -> dict[str, Any]:
+    base = {"phase": "train", "context": 8, "dropout": 0.1, "tokens": 8, "loss": 1.0, "warmup": step == 0}
+    return {**base, "implementation": name, "step": step, "ms": ms, "peak_bytes": peak}
+
+
+def test_summaries_leave_the_warm_up_out_of_times_but_not_of_memory() -> None:
+    built = {name: {"libraries_bytes": 10, "model_bytes": 20} for name in IMPLEMENTATIONS}
+    samples = [sample("standard", 900.0, 100, step=0), sample("standard", 30.0, 90, step=1)]
+    samples += [sample("standard", 50.0, 80, step=2), sample("fastattn", 20.0, 70, step=1)]
+    found = summaries(samples, "train", built)
+    assert found["standard"]["median_ms"] == 40.0
+    assert found["standard"]["peak_bytes"] == 100
+    assert found["standard"]["activation_bytes"] == 70
+    assert found["standard"]["tokens_per_second"] == pytest.approx(200.0)
+    assert found["fastattn"]["speedup"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("ours", "peak", "passed", "said"),
+    [
+        (20.0, 50, True, ["2.00× faster", "(50%) less memory", "losses agree to 1e-06"]),
+        (80.0, 150, True, ["2.00× slower", "(50%) more memory"]),
+        (20.0, 50, False, ["LOSSES DIFFER by 1e-06"]),
+        (20.0, 50, None, ["losses were not compared"]),
+    ],
+)
+def test_the_verdict_says_what_was_measured(
+    ours: float, peak: int, passed: bool | None, said: list[str]
+) -> None:
+    built = {name: {"libraries_bytes": 0, "model_bytes": 0} for name in IMPLEMENTATIONS}
+    rows = summaries([sample("standard", 40.0, 100), sample("fastattn", ours, peak)], "train", built)
+    result = {
+        "model": {"title": "GPT-2 124M"},
+        "train": rows,
+        "parity": {"passed": passed, "largest": {"fastattn": 1e-6}, "tolerance": 1e-4},
+    }
+    sentence = verdict(result)
+    for words in said:
+        assert words in sentence
+
+
+def test_memory_limits_of_control_groups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = tmp_path / "memory"
+    group.mkdir()
+    (group / "memory.limit_in_bytes").write_text("1000000")
+    (group / "memory.usage_in_bytes").write_text("400000")
+    (group / "memory.stat").write_text("cache 5\ntotal_inactive_file 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("5\n")
+    lines = "9:name=systemd:/\n4:memory:/\n0::/\n"
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda path: lines if str(path) == "/proc/self/cgroup" else read(path)
+    )
+    assert process_module._control_group_rooms(tmp_path) == [700_000]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "1"], "--steps: expected at least 2"),
+        (["--batch", "0"], "--batch: expected at least 1, got 0"),
+        (["--dropout", "1"], r"--dropout: expected a probability in \[0, 1\)"),
+        (["--memory-budget", "0"], "--memory-budget: expected more than 0"),
+        (["--rounds", "0"], "--rounds: expected at least 1"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(*words)
+
+
+def test_options_are_read_as_the_help_says() -> None:
+    settings = parse("--sweep", "512,2k", "--memory-budget", "20", "--device", "cpu")
+    assert settings.contexts == (512, 2048)
+    assert settings.memory_budget == 20_000_000_000
+    assert parse("--quick").time_budget == pytest.approx(102)
+    assert parse().time_budget == 660
+    assert parse("--steps", "5").time_budget is None
+    assert parse("--no-sweep").contexts == ()
+    assert parse("--context", "2k").contexts[:3] == (1024, 2048, 4096)
+    assert replace(parse(), size="gpt2-xl").title() == "GPT-2 1558M"
+    with pytest.raises(ValueError, match="size: expected one of"):
+        parse("--size", "huge").model_config(257)
+    with pytest.raises(SystemExit):
+        parse("--context", "2m")
+
+
+def test_a_wrong_size_or_text_ends_with_a_message(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--size", "huge"], ["--data", "/no/such/file"], ["--context", "1000k"]):
+        assert compare.run(parsed(*plain(text), *words, "--output", tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert (
+        "size: expected one of" in error and "/no/such/file" in error and "context: expected at most" in error
+    )
+    assert not (tmp_path / "out").exists()
