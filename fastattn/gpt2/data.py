@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import tempfile
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn._build import cache_root
 from fastattn.gpt2.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 
 _CACHE_FORMAT: Final = 1
@@ -215,10 +217,7 @@ class Batches:
 
 def cache_folder() -> Path:
     """Where tokens are kept between runs."""
-    if given := os.environ.get("FASTATTN_CACHE"):
-        return Path(given) / "tokens"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fastattn" / "tokens"
+    return cache_root() / "tokens"
 
 
 def _read(source: str | os.PathLike[str]) -> tuple[list[_Document], str, tuple[str, ...]]:
@@ -278,15 +277,10 @@ def _cached(digest: str, documents: Sequence[_Document], tokenizer: Tokenizer) -
     folder = cache_folder()
     index, ids = folder / f"{digest}.json", folder / f"{digest}.bin"
     if not (index.is_file() and ids.is_file()):
-        encoded = [
-            torch.tensor([*tokenizer.encode(document.text), tokenizer.end_of_text], dtype=torch.int32)
-            for document in documents
-        ]
+        encoded = [array("H", (*tokenizer.encode(d.text), tokenizer.end_of_text)) for d in documents]
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(ids, bytes(torch.cat(encoded).to(torch.uint16).untyped_storage()))
-        _replace(
-            index, json.dumps([len(document) for document in encoded]).encode()
-        )  # last: vouches for the ids
+        _replace(ids, b"".join(part.tobytes() for part in encoded))
+        _replace(index, json.dumps([len(part) for part in encoded]).encode())  # last: vouches for the ids
     tokens = _map(ids)
     ends = list(accumulate(json.loads(index.read_text())))
     return [tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
