@@ -125,7 +125,7 @@ def _fold_mask(attn_mask: Tensor, lead: tuple[int, ...]) -> Tensor:
     batch, rest = mask.shape[:-3], mask.shape[-3:]
     if all(size == 1 for size in batch):
         return mask.reshape(1, *rest)
-    if any(have not in (1, want) for have, want in zip(batch, lead, strict=False)):
+    if any(have != 1 and have != want for have, want in zip(batch, lead, strict=False)):
         expected = f"expected leading dimensions broadcastable to {list(lead)}"
         raise ValueError(f"attn_mask: {expected}, got {list(attn_mask.shape)}")
     return mask.expand(*lead[:-1], *rest).reshape(math.prod(lead[:-1]), *rest)

@@ -223,7 +223,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, dro
 
 
 def _check_broadcast(name: str, x: Tensor, full: tuple[int, ...], device: torch.device) -> None:
-    if x.dim() != 4 or any(have not in (1, want) for have, want in zip(x.shape, full, strict=True)):
+    if x.dim() != 4 or any(have != 1 and have != want for have, want in zip(x.shape, full, strict=True)):
         raise ValueError(f"{name}: expected a shape broadcastable to {list(full)}, got {list(x.shape)}")
     if x.device != device:
         raise ValueError(f"{name}: expected q's device {device}, got {x.device}")
