@@ -1,4 +1,4 @@
-"""Builds the CPU kernels into the wheel; a pure wheel where there is no C++20 compiler or torch has no headers.
+"""Builds the CPU kernels into the wheel; makes a pure one without a C++20 compiler or torch's headers.
 
 Everything else about the package is in pyproject.toml. FASTATTN_SKIP_BUILD=1 asks for the pure wheel; its
 kernels are then built on first use.
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_build() -> ModuleType:
-    """fastattn/_build.py by its path: importing the package would import torch, not there in an isolated build."""
+    """fastattn/_build.py by its path: importing the package would import torch, which may be absent."""
     spec = importlib.util.spec_from_file_location("fastattn_build", ROOT / "fastattn/_build.py")
     assert spec is not None
     assert spec.loader is not None

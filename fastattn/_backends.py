@@ -129,13 +129,17 @@ def _warn(found: Library) -> None:
     )
 
 
-@torch.compiler.assume_constant_result
 def unavailable(backend: str) -> list[str]:
     """Why `backend` is not here; empty where it is."""
     if backend != "cpu":
         return []
     found = library()
     return list(found.notes) if found.path is None else []
+
+
+# What torch.compiler.assume_constant_result does. Calling it would import torch._dynamo, and sympy with it:
+# 1.7 s at `import fastattn`.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def require(backend: str) -> None:

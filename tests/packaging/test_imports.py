@@ -1,0 +1,116 @@
+"""What importing fastattn imports, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "fastattn"
+
+COLD_IMPORT = """
+import json, sys, torch
+before = set(sys.modules)
+import fastattn
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def test_cold_import() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COLD_IMPORT], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    new = json.loads(done.stdout)
+    assert "fastattn" in new
+    roots = {name.partition(".")[0] for name in new}
+    assert roots - sys.stdlib_module_names <= {"fastattn", "torch"}
+    heavy = ("torch._inductor", "torch._dynamo.convert_frame", "torch.distributed.tensor")
+    assert not [name for name in new if name.startswith(heavy)]
+    # The kernels and what trains wait until they are called for.
+    late = ("fastattn.ops.attention.cpu", "fastattn.gpt2", "fastattn.cli", "fastattn.testing")
+    assert not [name for name in new if name.startswith(late)]
+    assert done.stderr == ""
+
+
+# The rooms of the package, and for each the rooms it may import from besides itself.
+MATHEMATICS = {"ops.masks", "ops.philox", "ops.weights"}
+SPEAKS_TO_PEOPLE = {"fastattn", "ops", "ops.api", "nn", *MATHEMATICS}
+MAY_IMPORT = {
+    "_build": set(),
+    "_backends": {"_build"},
+    "ops.masks": set(),
+    "ops.philox": set(),
+    "ops.weights": {"ops.masks", "ops.philox"},
+    "ops.reference": MATHEMATICS,
+    "ops.library": MATHEMATICS,
+    "ops.cpu": {"_backends", "ops.library", *MATHEMATICS},
+    "ops.triton": {"_backends", "ops.library", *MATHEMATICS},
+    "ops.hopper": {"_backends", "ops.library", *MATHEMATICS},
+    "ops.api": {"_backends", "ops.library", "ops.reference", *MATHEMATICS},
+    "ops": {"ops.api", *MATHEMATICS},
+    "nn": {"ops", "ops.api", *MATHEMATICS},
+    "fastattn": {"ops", "nn", "integrations", "compiler", "distributed"},
+    "integrations": {*SPEAKS_TO_PEOPLE},
+    "compiler": {*SPEAKS_TO_PEOPLE},
+    "distributed": {*SPEAKS_TO_PEOPLE},
+    "testing": {"_backends", "ops.reference", *SPEAKS_TO_PEOPLE},
+    "gpt2": {"_build", "cli", "integrations", "compiler", "distributed", *SPEAKS_TO_PEOPLE},
+    "cli": {"_backends", "_build", "gpt2", *SPEAKS_TO_PEOPLE},
+    "__main__": {"cli"},
+}
+BACKENDS = {"ops.reference", "ops.cpu", "ops.triton", "ops.hopper"}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+MODULES = dict(modules())
+
+
+def room(module: str) -> str:
+    """`fastattn.ops.attention.triton.forward` -> `ops.triton`; `fastattn.nn.multihead` -> `nn`."""
+    parts = module.split(".")[1:]
+    if not parts:
+        return "fastattn"
+    if parts[0] == "ops":
+        return f"ops.{parts[2]}" if len(parts) > 2 else "ops"
+    return parts[0]
+
+
+def imported(module: str, tree: ast.AST) -> Iterator[str]:
+    """The modules of ours that `module` imports, wherever in it, as full names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == "fastattn")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: expected an absolute import"
+            source = node.module or ""
+            if source.partition(".")[0] == "fastattn":
+                for alias in node.names:
+                    inner = f"{source}.{alias.name}"
+                    yield inner if inner in MODULES else source
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_arrows_point_one_way(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text())
+    here = room(module)
+    assert here in MAY_IMPORT, f"{module}: a new room; say in this test whom it may import"
+    allowed = MAY_IMPORT[here] | {here}
+    wrong = sorted({name for name in imported(module, tree) if room(name) not in allowed})
+    assert not wrong, f"{module} may import from {sorted(allowed)}, not {wrong}"
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if room(name) == "ops.library"))
+def test_backends_are_imported_lazily(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text())
+    assert not [name for name in imported(module, tree) if room(name) in BACKENDS]
