@@ -41,6 +41,7 @@ _FIXED: Final = (
     *("context", "batch", "accumulate", "seed"),
 )
 _LONG_STEP: Final = 5.0  # seconds
+_OF_THE_CALL: Final = ("resume", "dry_run", "sample", "sample_tokens")  # no property of the run
 _STATE_VERSION: Final = 1
 _CHECKPOINTS: Final = "checkpoints"  # of a run, in its folder
 _INTERRUPTED: Final = 130  # a shell's exit status of a program that SIGINT ended
@@ -117,9 +118,13 @@ def train(options: Options) -> Result:
     trainer = _Trainer(model, options, dtype, corpus, batches)
     done = 0
     if checkpoint is not None:
-        done = read_state(checkpoint)["step"]
+        state = read_state(checkpoint)
+        done = state["step"]
         load_optimizer(checkpoint, model, trainer.optimizer)
-        print(f"resume   after step {done:,}, from {checkpoint}", flush=True)
+        print(
+            f"resume   after step {done:,}, from {checkpoint}{_changes(state['options'], options)}",
+            flush=True,
+        )
     if done < options.steps:
         seconds = trainer.measure(done)
         left = duration(seconds * (options.steps - done))
@@ -300,6 +305,15 @@ def _checkpoint_to_resume(options: Options, corpus: Corpus) -> Path | None:
             f"data: expected the text that the run in {options.out} began with, but it has changed"
         )
     return checkpoint
+
+
+def _changes(before: dict[str, Any], options: Options) -> str:
+    """The options that are others than before, of those that may be."""
+    pairs = [
+        (name, before.get(name), now) for name, now in asdict(options).items() if name not in _OF_THE_CALL
+    ]
+    changed = [f"{name} {was} → {now}" for name, was, now in pairs if was != now]
+    return f"; changed: {', '.join(changed)}" if changed else ""
 
 
 def _make_model(options: Options, corpus: Corpus, checkpoint: Path | None) -> GPT2:
