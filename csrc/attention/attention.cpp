@@ -41,7 +41,7 @@ Dtype dtype_of(const Tensor& x) {
 Rows rows(const Tensor& x, const Tensor& q) {
   STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu(), "expected 4 dimensions on cpu");
   STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), "expected q's dtype");
-  STD_TORCH_CHECK(x.stride(3) == 1 || x.size(3) == 1, "expected a unit last stride, got ", x.stride(3));
+  STD_TORCH_CHECK(x.stride(3) == 1 || x.size(3) == 1 || x.numel() == 0, "expected a unit last stride, got ", x.stride(3));
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 

@@ -232,7 +232,7 @@ void backward_queries(const AttentionProblem& p, const AttentionGradients& g, in
 // dbias is summed over what it broadcasts over, in the order of batch, head, query; the block's keys are its own.
 void backward_bias(const AttentionProblem& p, const AttentionGradients& g, int64_t bias_batch, int64_t bias_head,
                    int64_t block, char* scratch) {
-  const bool one_column = g.bias_columns == 1;
+  const bool one_row = g.bias_rows == 1, one_column = g.bias_columns == 1;
   const int64_t size = key_block(p), blocks = (p.k_length + size - 1) / size;
   const int64_t first_block = one_column ? 0 : block, end_block = one_column ? blocks : block + 1;
   const int64_t first_column = one_column ? 0 : block * size;
@@ -254,14 +254,20 @@ void backward_bias(const AttentionProblem& p, const AttentionGradients& g, int64
           const int64_t rows = min(kQueryBlock, p.q_length - query);
           if (key_limit(p, batch, query + rows - 1) <= b.first) continue;
           if (!compute_tile(p, g, b, head, query, t)) continue;
+          // Sums over rows and columns are taken a tile at a time: long sums of small terms lose digits.
+          float part[LD] = {};
           for (int64_t r = 0; r < rows; ++r) {
-            float* to = dbias + (g.bias_rows == 1 ? 0 : query + r) * g.bias_columns;
             const float* ds = t.ds + r * LD;
-            if (one_column)
-              for (int64_t c = 0; c < b.count; ++c) *to += ds[c];
-            else
+            float* to = one_row ? part : dbias + (query + r) * g.bias_columns;
+            if (one_column) {
+              float sum = 0.0f;
+              for (int64_t c = 0; c < b.count; ++c) sum += ds[c];
+              *to += sum;
+            } else {
               for (int64_t c = 0; c < b.count; ++c) to[c] += ds[c];
+            }
           }
+          for (int64_t c = 0; one_row && c < columns; ++c) dbias[c] += part[c];
         }
       }
 }

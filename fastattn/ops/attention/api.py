@@ -86,7 +86,8 @@ def attention(
     Under ``torch.autocast`` q, k and v are cast to the autocast dtype first, as in
     `torch.nn.functional.scaled_dot_product_attention`.
 
-    Source: Dao et al., "FlashAttention", NeurIPS 2022 (arXiv 2205.14135); Dao, "FlashAttention-2" (2307.08691).
+    Source: Dao et al., "FlashAttention", NeurIPS 2022 (arXiv 2205.14135); Dao, "FlashAttention-2", ICLR 2024
+    (arXiv 2307.08691).
 
     Example:
         >>> import torch, fastattn
@@ -179,7 +180,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, dro
     """Raise for what no backend takes; return the mask with its tensors in full rank."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions [batch, heads, length, head_dim], got {list(x.shape)}")
+            raise ValueError(
+                f"{name}: expected 4 dimensions [batch, heads, length, head_dim], got {list(x.shape)}"
+            )
         if x.dtype not in _DTYPES:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
         if x.dtype != q.dtype:
@@ -209,7 +212,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, dro
         _check_broadcast("mask", dense, full, q.device)
     if mask.lengths is not None:
         if mask.lengths.shape[0] != batch:
-            raise ValueError(f"key_padding(lengths): expected {batch} lengths (batch), got {mask.lengths.shape[0]}")
+            raise ValueError(
+                f"key_padding(lengths): expected {batch} lengths (batch), got {mask.lengths.shape[0]}"
+            )
         if mask.lengths.device != q.device:
             raise ValueError(f"key_padding(lengths): expected device {q.device}, got {mask.lengths.device}")
     if bias is not None:
@@ -217,7 +222,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, dro
             got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
             raise TypeError(f"bias: expected a floating tensor, got {got} (a bool tensor is passed as mask=)")
         if bias.dim() != 4:
-            raise ValueError(f"bias: expected 4 dimensions broadcastable to {list(full)}, got {list(bias.shape)}")
+            raise ValueError(
+                f"bias: expected 4 dimensions broadcastable to {list(full)}, got {list(bias.shape)}"
+            )
         _check_broadcast("bias", bias, full, q.device)
     return Mask(mask.diagonal, mask.lengths, dense)
 
@@ -233,7 +240,8 @@ def _as_seed(seed: int | Tensor | None, dropout: float, device: torch.device) ->
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
             raise ValueError(
-                f"seed: expected an int64 tensor [1] on {device}, got {seed.dtype} {list(seed.shape)} on {seed.device}"
+                f"seed: expected an int64 tensor [1] on {device}, "
+                f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
             )
         return seed.reshape(1) if dropout > 0 else None
     if seed is not None and not 0 <= seed < 2**63:

@@ -81,9 +81,7 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, 
 def _fake_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(
-        new_heads_last(x, x.shape[0], x.shape[1], x.shape[2], x.shape[3]) for x in (q, k, v)
-    )
+    return tuple(new_heads_last(x, x.shape[0], x.shape[1], x.shape[2], x.shape[3]) for x in (q, k, v))
 
 
 @torch.library.register_fake("fastattn::attention_bias_backward")
@@ -92,7 +90,9 @@ def _fake_bias_backward(*args: Any) -> Tensor:
     return bias.new_empty(bias.shape)
 
 
-def _attention_flops(passes: int, q_shape: Sequence[int], k_shape: Sequence[int], v_shape: Sequence[int]) -> int:
+def _attention_flops(
+    passes: int, q_shape: Sequence[int], k_shape: Sequence[int], v_shape: Sequence[int]
+) -> int:
     # The convention of torch's own formulas: the full L_q x L_k rectangle, whatever the mask.
     batch, heads, q_length, qk_dim = q_shape
     return passes * 2 * batch * heads * q_length * k_shape[2] * (qk_dim + v_shape[3]) // 2
@@ -114,7 +114,7 @@ class Attention(torch.autograd.Function):
     """Gradient of `fastattn::attention_forward`; once differentiable, a second derivative raises."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -139,7 +139,7 @@ class Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, mask, lengths, bias, seed = ctx.saved_tensors
         if dout is None:
@@ -153,7 +153,9 @@ class Attention(torch.autograd.Function):
         return dq, dk, dv, None, None, dbias, None, None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         """Fold the mapped axis into the batch."""
         size = info.batch_size
         q, k, v, mask, lengths, bias, seed = inputs[:7]

@@ -24,7 +24,9 @@ def _mul_hi_lo(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _U32, product & _U32
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox-4x32.
 
     Args:
@@ -72,4 +74,5 @@ def dropout_keep(seed: Tensor, dropout: float, shape: tuple[int, int, int, int])
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-2)  # [B, H, L_q, 16 g, 8]
     # lane l, half-word t of group g belongs to key 128 g + 16 t + l
     bits = halves.unflatten(-2, (groups, 16)).transpose(-1, -2).flatten(-3)[..., :k_length]
-    return bits >= drop_threshold(dropout)
+    keep: Tensor = bits >= drop_threshold(dropout)
+    return keep
