@@ -87,7 +87,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self._check(query, key, value)
         batched = query.dim() == 3
         q, k, v = self._project(query, key, value)
-        mask, bias = self._masks(q, k, key_padding_mask, attn_mask, is_causal)
+        mask, bias = self._masks(q, k, key_padding_mask, attn_mask, is_causal, batched)
         k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
 
         dropout = self.dropout if self.training else 0.0
@@ -168,7 +168,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         return torch.cat(columns, dim=2) if len(columns) > 1 else x
 
     def _masks(
-        self, q: Tensor, k: Tensor, padding: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        padding: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        batched: bool,
     ) -> tuple[Mask | Tensor | None, Tensor | None]:
         """torch's masks as `mask` (True = may attend) and `bias`; appended keys are open to every query."""
         batch, heads, length, _ = q.shape
@@ -194,7 +200,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 bias = attn_mask
 
         if padding is not None:
-            _check_mask("key_padding_mask", padding, (batch, keys) if padding.dim() == 2 else (keys,))
+            _check_mask("key_padding_mask", padding, (batch, keys) if batched else (keys,))
             padding = F.pad(padding, (0, appended)).view(batch, 1, 1, keys + appended)
             padding = _as_bool(padding)
             if padding.dtype == torch.bool and not isinstance(mask, Tensor):
