@@ -304,6 +304,15 @@ def test_a_slow_machine_does_fewer_steps_and_says_so(simulated: Any, monkeypatch
     assert any(status == "not run (time)" for status in cells(result).values())
 
 
+def test_the_run_at_dropout_0_has_its_time_kept(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"standard": (40, 20), "sdpa": (40, 15), "fastattn": (40, 3)}
+    monkeypatch.setattr(SimulatedWorker, "seconds", seconds)
+    result = simulated()
+    assert result["train"]["fastattn"]["steps"] == 1
+    assert result["parity"]["steps"] == 2
+    assert result["seconds"] <= 11 * 60
+
+
 def test_steps_that_were_asked_for_are_not_cut(simulated: Any) -> None:
     result = simulated("--steps", "40", "--no-sweep", "--time-budget", "100")
     assert result["train"]["fastattn"]["steps"] == 39

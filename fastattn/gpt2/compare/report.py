@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fastattn.gpt2.compare.result import BASELINE, OURS
+
+UNSTEADY: Final = 1.3  # longest step over shortest above which the reader is warned; 1.1 on a quiet machine
 
 
 def write_report(result: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -78,6 +80,12 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
         found.append("fastattn ran its slow reference, not its kernels; `python -m fastattn env` tells why.")
     if result["parity"]["passed"] is False:
         found.append("The losses differ by more than rounding explains: do not trust this build.")
+    for name, row in result["train"].items():
+        if row["max_ms"] > UNSTEADY * row["min_ms"]:
+            found.append(
+                f"{name}'s steps took {row['min_ms']:,.0f} to {row['max_ms']:,.0f} ms: something else was at work "
+                "on this machine, repeat this when it is quiet."
+            )
     return found
 
 

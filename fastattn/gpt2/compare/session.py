@@ -29,8 +29,8 @@ from fastattn.gpt2.data import Batches, load_tokens
 # The shares of the time budget after which training, and then the run at dropout 0, are cut short.
 TRAIN_UNTIL: Final = 0.45
 PARITY_UNTIL: Final = 0.65
-LEAST_TRAIN_STEPS: Final = 3
-LEAST_PARITY_STEPS: Final = 2
+LEAST_STEPS: Final = 2
+LEAST_TRAIN_STEPS: Final = 3  # where there is time for LEAST_STEPS at dropout 0 too
 WARM_UP_TOKENS: Final = 64  # of the step before each point of the sweep, which makes the optimiser's state
 
 
@@ -112,7 +112,7 @@ class Session:
         try:
             self._train("train", settings.dropout, settings.steps, LEAST_TRAIN_STEPS, TRAIN_UNTIL)
             if settings.dropout > 0:
-                self._train("parity", 0.0, settings.parity_steps, LEAST_PARITY_STEPS, PARITY_UNTIL)
+                self._train("parity", 0.0, settings.parity_steps, LEAST_STEPS, PARITY_UNTIL)
             self._sweep()
         except OutOfTime:
             self._note(f"stopped at the time budget of {(settings.time_budget or 0) / 60:.1f} min")
@@ -156,10 +156,15 @@ class Session:
                     self._step(name, f"{phase}, step {step + 1}/{steps}", batches, record)
 
     def _worth(self, chunk: range, least: int, round_seconds: float, until: float) -> bool:
-        """Whether the time budget has room for these steps."""
-        if self.settings.time_budget is None or self.settings.fixed_steps or chunk.start < least:
+        """Whether the time budget has room for these steps: up to a share of it, for the `least` up to what
+        the run at dropout 0 needs; a warm-up and one timed step in any case."""
+        budget = self.settings.time_budget
+        if budget is None or self.settings.fixed_steps or chunk.start < LEAST_STEPS:
             return True
-        return self._elapsed() + len(chunk) * round_seconds <= until * self.settings.time_budget
+        end = until * budget
+        if chunk.start < least:
+            end = max(end, budget - 1.1 * LEAST_STEPS * round_seconds)
+        return self._elapsed() + len(chunk) * round_seconds <= end
 
     def _build(self, names: Sequence[str], context: int, dropout: float) -> dict[str, dict[str, Any]]:
         """Start the processes that are not there, and make their models, all at once."""
