@@ -1,4 +1,4 @@
-"""The installed wheel does its work: its own library, loaded from site-packages, agrees with the reference."""
+"""The installed wheel does its work: its library, loaded from site-packages, agrees with the reference."""
 
 import sys
 import warnings
