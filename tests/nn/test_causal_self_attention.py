@@ -135,6 +135,7 @@ def test_compiles_whole_and_for_any_length():
         frames.append(graph)
         return graph.forward
 
+    torch.compiler.reset()
     compiled = torch.compile(attn, backend=backend, fullgraph=True, dynamic=True)
     for length in (5, 9, 33):
         x = torch.randn(2, length, 24)
