@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The one list of C++ ops, on the LibTorch stable ABI. They write into tensors that Python made; the public ops, with
-// fakes and gradients, are in fastattn/ops/*/library.py.
+// The one list of C++ ops, on the LibTorch stable ABI. They write into tensors that Python made; the public
+// ops, with fakes and gradients, are in fastattn/ops/*/library.py.
 #include <torch/csrc/stable/library.h>
 
 #include "attention/attention.h"
 
-#define FASTATTN_ATTENTION_PROBLEM                                                \
-  "Tensor? mask, Tensor? lengths, Tensor? bias, Tensor? seed, int diagonal, float scale, int drop_threshold, int isa, "
+#define FASTATTN_ATTENTION_PROBLEM                                                             \
+  "Tensor? mask, Tensor? lengths, Tensor? bias, Tensor? seed, int diagonal, float scale, int " \
+  "drop_threshold, int isa, "
 #define FASTATTN_ATTENTION_SAVED \
   "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
 
@@ -15,7 +16,8 @@ STABLE_TORCH_LIBRARY(fastattn_cpu, m) {
         "Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("attention_backward(" FASTATTN_ATTENTION_SAVED FASTATTN_ATTENTION_PROBLEM
         "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
-  m.def("attention_bias_backward(" FASTATTN_ATTENTION_SAVED FASTATTN_ATTENTION_PROBLEM "Tensor(a!) dbias) -> ()");
+  m.def("attention_bias_backward(" FASTATTN_ATTENTION_SAVED FASTATTN_ATTENTION_PROBLEM
+        "Tensor(a!) dbias) -> ()");
   m.def("isa_present() -> int");
   m.def("fma_loop(int steps, int isa) -> float");
 }

@@ -16,7 +16,8 @@ namespace {
 using torch::headeronly::ScalarType;
 
 const AttentionKernels& kernels(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa < kIsaCount && isa_present(isa), "this CPU does not have instruction set ", isa);
+  STD_TORCH_CHECK(isa >= 0 && isa < kIsaCount && isa_present(isa), "this CPU does not have instruction set ",
+                  isa);
 #if defined(__x86_64__)
   const AttentionKernels* table[] = {&kAttentionScalar, &kAttentionAvx2, &kAttentionAvx512, &kAttentionWide};
   return *table[isa];
@@ -41,7 +42,8 @@ Dtype dtype_of(const Tensor& x) {
 Rows rows(const Tensor& x, const Tensor& q) {
   STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu(), "expected 4 dimensions on cpu");
   STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), "expected q's dtype");
-  STD_TORCH_CHECK(x.stride(3) == 1 || x.size(3) == 1 || x.numel() == 0, "expected a unit last stride, got ", x.stride(3));
+  STD_TORCH_CHECK(x.stride(3) == 1 || x.size(3) == 1 || x.numel() == 0, "expected a unit last stride, got ",
+                  x.stride(3));
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
@@ -51,27 +53,29 @@ Scores scores(const OptionalTensor& x, const AttentionProblem& p) {
   int64_t stride[4];
   STD_TORCH_CHECK(x->dim() == 4 && x->is_cpu(), "expected 4 dimensions on cpu");
   for (int64_t i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(x->size(i) == 1 || x->size(i) == full[i], "size ", x->size(i), " does not broadcast to ", full[i]);
+    STD_TORCH_CHECK(x->size(i) == 1 || x->size(i) == full[i], "size ", x->size(i), " does not broadcast to ",
+                    full[i]);
     stride[i] = x->size(i) == 1 ? 0 : x->stride(i);
   }
   return {x->data_ptr(), stride[0], stride[1], stride[2], stride[3]};
 }
 
 AttentionProblem problem(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
-                         const OptionalTensor& lengths, const OptionalTensor& bias, const OptionalTensor& seed,
-                         int64_t diagonal, double scale, int64_t drop_threshold, const Tensor& out,
-                         const Tensor& lse) {
+                         const OptionalTensor& lengths, const OptionalTensor& bias,
+                         const OptionalTensor& seed, int64_t diagonal, double scale, int64_t drop_threshold,
+                         const Tensor& out, const Tensor& lse) {
   AttentionProblem p{};
   p.dtype = dtype_of(q);
   p.q = rows(q, q), p.k = rows(k, q), p.v = rows(v, q), p.out = rows(out, q);
   p.batch = q.size(0), p.heads = q.size(1), p.q_length = q.size(2), p.qk_dim = q.size(3);
   p.kv_heads = k.size(1), p.k_length = k.size(2), p.v_dim = v.size(3);
-  STD_TORCH_CHECK(k.size(0) == p.batch && k.size(3) == p.qk_dim && p.kv_heads > 0 && p.heads % p.kv_heads == 0 &&
-                      v.size(0) == p.batch && v.size(1) == p.kv_heads && v.size(2) == p.k_length,
+  STD_TORCH_CHECK(k.size(0) == p.batch && k.size(3) == p.qk_dim && p.kv_heads > 0 &&
+                      p.heads % p.kv_heads == 0 && v.size(0) == p.batch && v.size(1) == p.kv_heads &&
+                      v.size(2) == p.k_length,
                   "k or v does not fit q");
   STD_TORCH_CHECK(out.size(0) == p.batch && out.size(1) == p.heads && out.size(2) == p.q_length &&
-                      out.size(3) == p.v_dim && lse.is_contiguous() && lse.numel() == p.batch * p.heads * p.q_length &&
-                      lse.scalar_type() == ScalarType::Float,
+                      out.size(3) == p.v_dim && lse.is_contiguous() &&
+                      lse.numel() == p.batch * p.heads * p.q_length && lse.scalar_type() == ScalarType::Float,
                   "out or lse does not fit q and v");
   p.lse = static_cast<float*>(lse.data_ptr());
   p.mask = scores(mask, p);
@@ -79,8 +83,8 @@ AttentionProblem problem(const Tensor& q, const Tensor& k, const Tensor& v, cons
   p.bias = scores(bias, p);
   if (bias) p.bias_dtype = dtype_of(*bias);
   if (lengths) {
-    STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long && lengths->is_contiguous() && lengths->is_cpu() &&
-                        lengths->numel() == p.batch,
+    STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long && lengths->is_contiguous() &&
+                        lengths->is_cpu() && lengths->numel() == p.batch,
                     "lengths: expected int64 [batch] on cpu");
     p.lengths = static_cast<const int64_t*>(lengths->data_ptr());
   }
@@ -159,7 +163,8 @@ void attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Te
   g.dq_sum = static_cast<float*>(dq_sum.data_ptr());
   g.turn = static_cast<int32_t*>(turn.data_ptr());
 
-  // The first keys have the most queries under a causal mask: longest first, and neighbours in time on other heads.
+  // The first keys have the most queries under a causal mask: longest first, and neighbours in time on other
+  // heads.
   const int64_t kv_matrices = p.batch * p.kv_heads, blocks = ceil_div(p.k_length, kernel.key_block(p));
   run_tasks(kv_matrices * blocks, kernel.backward_scratch(p), [&](int64_t i, char* scratch) {
     const int64_t matrix = i % kv_matrices;
@@ -169,10 +174,10 @@ void attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Te
 }
 
 void attention_bias_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-                             const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& mask,
-                             const OptionalTensor& lengths, const OptionalTensor& bias, const OptionalTensor& seed,
-                             int64_t diagonal, double scale, int64_t drop_threshold, int64_t isa,
-                             const Tensor& dbias) {
+                             const Tensor& v, const Tensor& out, const Tensor& lse,
+                             const OptionalTensor& mask, const OptionalTensor& lengths,
+                             const OptionalTensor& bias, const OptionalTensor& seed, int64_t diagonal,
+                             double scale, int64_t drop_threshold, int64_t isa, const Tensor& dbias) {
   const AttentionKernels& kernel = kernels(isa);
   const AttentionProblem p =
       problem(q, k, v, mask, lengths, bias, seed, diagonal, scale, drop_threshold, out, lse);

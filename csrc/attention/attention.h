@@ -20,9 +20,10 @@ void attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Te
                         int64_t diagonal, double scale, int64_t drop_threshold, int64_t isa, const Tensor& dq,
                         const Tensor& dk, const Tensor& dv);
 void attention_bias_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-                             const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& mask,
-                             const OptionalTensor& lengths, const OptionalTensor& bias, const OptionalTensor& seed,
-                             int64_t diagonal, double scale, int64_t drop_threshold, int64_t isa, const Tensor& dbias);
+                             const Tensor& v, const Tensor& out, const Tensor& lse,
+                             const OptionalTensor& mask, const OptionalTensor& lengths,
+                             const OptionalTensor& bias, const OptionalTensor& seed, int64_t diagonal,
+                             double scale, int64_t drop_threshold, int64_t isa, const Tensor& dbias);
 
 // Bit i is set where instruction set i (common/isa.h) is compiled in and this CPU has it.
 int64_t isa_mask();

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Backward (Dao, FlashAttention-2, algorithm 2). With S = scale · q kᵀ + bias, P = exp(S - lse), Z = dropout's mask:
+// Backward (Dao, FlashAttention-2, algorithm 2). With S = scale · q kᵀ + bias, P = exp(S - lse), Z =
+// dropout's mask:
 //   dv = (P Z)ᵀ dout      dP = Z (dout vᵀ)      dS = P (dP - delta)      delta = rowsum(dout · out) - dlse
 //   dq = scale · dS k     dk = scale · dSᵀ q    dbias = dS
 #pragma once
@@ -67,10 +68,12 @@ Tile new_tile(const AttentionProblem& p, Scratch& space) {
   return t;
 }
 
-// For one row: p = 2^(p - log2_sum) and ds = p (ds - delta), with dropout acting on p and ds as it did forward.
+// For one row: p = 2^(p - log2_sum) and ds = p (ds - delta), with dropout acting on p and ds as it did
+// forward.
 template <bool DROP>
-FASTATTN_INLINE void gradient_row(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query, int64_t key,
-                                  int64_t columns, float log2_sum, float delta, float* pz, float* ds) {
+FASTATTN_INLINE void gradient_row(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query,
+                                  int64_t key, int64_t columns, float log2_sum, float delta, float* pz,
+                                  float* ds) {
   const float keep = 65536.0f / static_cast<float>(65536 - p.drop_threshold);
   uint32_t numbers[kPhiloxGroup];
   for (int64_t c = 0; c < columns; c += W) {
@@ -78,8 +81,8 @@ FASTATTN_INLINE void gradient_row(const AttentionProblem& p, int64_t batch, int6
     vf dp = load(ds + c), kept_prob = prob;
     if constexpr (DROP) {
       if (c % kPhiloxGroup == 0)
-        philox_group(p.seed, static_cast<uint32_t>(batch), static_cast<uint32_t>(head), static_cast<uint32_t>(query),
-                     static_cast<uint32_t>((key + c) / kPhiloxGroup), numbers);
+        philox_group(p.seed, static_cast<uint32_t>(batch), static_cast<uint32_t>(head),
+                     static_cast<uint32_t>(query), static_cast<uint32_t>((key + c) / kPhiloxGroup), numbers);
       const vi z = kept(numbers, c, p.drop_threshold);
       kept_prob = select(z, prob, vf{});
       dp = select(z, dp * keep, vf{});
@@ -110,8 +113,8 @@ bool compute_tile(const AttentionProblem& p, const AttentionGradients& g, const 
     float *pz = t.p + r * LD, *ds = t.ds + r * LD;
     vf peak[ROWS];
     const int64_t columns = r >= rows ? 0
-                                      : score_strip(p, batch, head, query + r, min(ROWS, rows - r), b.first, b.count,
-                                                    panel_rows(t.q, kQueryBlock, r), b.kt, pz, peak);
+                                      : score_strip(p, batch, head, query + r, min(ROWS, rows - r), b.first,
+                                                    b.count, panel_rows(t.q, kQueryBlock, r), b.kt, pz, peak);
     t.columns[r / ROWS] = columns;
     any |= columns > 0;
     for (int64_t c = 0; c < columns; c += PANEL) {  // dP = dout vᵀ
@@ -128,8 +131,8 @@ bool compute_tile(const AttentionProblem& p, const AttentionGradients& g, const 
         gradient_row<true>(p, batch, head, query + r + i, b.first, columns, t.log2_sum[r + i], t.delta[r + i],
                            pz + i * LD, ds + i * LD);
       else
-        gradient_row<false>(p, batch, head, query + r + i, b.first, columns, t.log2_sum[r + i], t.delta[r + i],
-                            pz + i * LD, ds + i * LD);
+        gradient_row<false>(p, batch, head, query + r + i, b.first, columns, t.log2_sum[r + i],
+                            t.delta[r + i], pz + i * LD, ds + i * LD);
       memset(pz + i * LD + columns, 0, static_cast<size_t>(width - columns) * 4);
       memset(ds + i * LD + columns, 0, static_cast<size_t>(width - columns) * 4);
     }
@@ -169,7 +172,8 @@ void backward_keys(const AttentionProblem& p, const AttentionGradients& g, int64
   const KeyBlock b = pack_keys(p, batch, kv_head, block, space);
   Tile t = new_tile(p, space);
   const int64_t qk_stride = round_up(p.qk_dim, PANEL), v_stride = round_up(p.v_dim, PANEL);
-  const int64_t key_rows = round_up(b.count, ROWS), query_blocks = (p.q_length + kQueryBlock - 1) / kQueryBlock;
+  const int64_t key_rows = round_up(b.count, ROWS),
+                query_blocks = (p.q_length + kQueryBlock - 1) / kQueryBlock;
   float* dk = space.floats(key_rows * qk_stride);
   float* dv = space.floats(key_rows * v_stride);
   memset(dk, 0, static_cast<size_t>(key_rows * qk_stride) * 4);
@@ -179,7 +183,8 @@ void backward_keys(const AttentionProblem& p, const AttentionGradients& g, int64
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     for (int64_t i = 0; i < query_blocks; ++i) {
       const int64_t query = i * kQueryBlock, rows = min(kQueryBlock, p.q_length - query);
-      if (key_limit(p, batch, query + rows - 1) <= b.first) continue;  // nor does a later block of keys reach it
+      if (key_limit(p, batch, query + rows - 1) <= b.first)
+        continue;  // nor does a later block of keys reach it
       const bool any = compute_tile(p, g, b, head, query, t);
       for (int64_t c = 0; any && c < b.count; c += ROWS) {
         int64_t r = 0;  // strips before the first that sees these keys hold zeros
@@ -188,8 +193,10 @@ void backward_keys(const AttentionProblem& p, const AttentionGradients& g, int64
         const int64_t depth = kQueryBlock - r;
         const Left<1, LD> pz{t.p + r * LD + c, depth, 0}, ds{t.ds + r * LD + c, depth, 0};
         const float *dout = t.dout + r * PANEL, *q = t.q + r * PANEL;
-        accumulate<false>(dv + c * v_stride, v_stride, pz, dout, kQueryBlock * PANEL, depth, p.v_dim, nullptr);
-        accumulate<false>(dk + c * qk_stride, qk_stride, ds, q, kQueryBlock * PANEL, depth, p.qk_dim, nullptr);
+        accumulate<false>(dv + c * v_stride, v_stride, pz, dout, kQueryBlock * PANEL, depth, p.v_dim,
+                          nullptr);
+        accumulate<false>(dk + c * qk_stride, qk_stride, ds, q, kQueryBlock * PANEL, depth, p.qk_dim,
+                          nullptr);
       }
       int32_t* turn = g.turn + (batch * p.heads + head) * query_blocks + i;
       float* dq = g.dq_sum + ((batch * p.heads + head) * g.dq_rows + query) * g.dq_stride;
@@ -229,19 +236,22 @@ void backward_queries(const AttentionProblem& p, const AttentionGradients& g, in
   });
 }
 
-// dbias is summed over what it broadcasts over, in the order of batch, head, query; the block's keys are its own.
-void backward_bias(const AttentionProblem& p, const AttentionGradients& g, int64_t bias_batch, int64_t bias_head,
-                   int64_t block, char* scratch) {
+// dbias is summed over what it broadcasts over, in the order of batch, head, query; the block's keys are its
+// own.
+void backward_bias(const AttentionProblem& p, const AttentionGradients& g, int64_t bias_batch,
+                   int64_t bias_head, int64_t block, char* scratch) {
   const bool one_row = g.bias_rows == 1, one_column = g.bias_columns == 1;
   const int64_t size = key_block(p), blocks = (p.k_length + size - 1) / size;
   const int64_t first_block = one_column ? 0 : block, end_block = one_column ? blocks : block + 1;
   const int64_t first_column = one_column ? 0 : block * size;
   const int64_t columns = one_column ? 1 : min(size, p.k_length - first_column);
-  float* dbias = g.dbias + (bias_batch * g.bias_heads + bias_head) * g.bias_rows * g.bias_columns + first_column;
+  float* dbias =
+      g.dbias + (bias_batch * g.bias_heads + bias_head) * g.bias_rows * g.bias_columns + first_column;
   for (int64_t r = 0; r < g.bias_rows; ++r)
     memset(dbias + r * g.bias_columns, 0, static_cast<size_t>(columns) * 4);
 
-  const int64_t first_batch = g.bias_batch == 1 ? 0 : bias_batch, first_head = g.bias_heads == 1 ? 0 : bias_head;
+  const int64_t first_batch = g.bias_batch == 1 ? 0 : bias_batch,
+                first_head = g.bias_heads == 1 ? 0 : bias_head;
   const int64_t end_batch = g.bias_batch == 1 ? p.batch : bias_batch + 1;
   const int64_t end_head = g.bias_heads == 1 ? p.heads : bias_head + 1;
   for (int64_t batch = first_batch; batch < end_batch; ++batch)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Forward: softmax(q kᵀ) v by blocks of keys, with a running maximum and sum (Dao, FlashAttention-2, algorithm 1).
+// Forward: softmax(q kᵀ) v by blocks of keys, with a running maximum and sum (Dao, FlashAttention-2,
+// algorithm 1).
 #pragma once
 #include "attention/tile.inl"
 
@@ -13,11 +14,12 @@ size_t forward_scratch(const AttentionProblem& p, int64_t rows) {
   return static_cast<size_t>(floats * 4 + 16 * 64);
 }
 
-// For the strip's rows: m' = max(m, peak), decay = 2^(m - m'), p = 2^(scores - m'), l = decay · l + Σ p; then p
-// is zeroed where dropout says so (l is not: dropout acts on normalised probabilities).
+// For the strip's rows: m' = max(m, peak), decay = 2^(m - m'), p = 2^(scores - m'), l = decay · l + Σ p; then
+// p is zeroed where dropout says so (l is not: dropout acts on normalised probabilities).
 template <bool DROP>
-FASTATTN_INLINE void softmax_strip(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query, int64_t key,
-                                   int64_t columns, float* scores, const vf* peak, float* m, float* l, float* decay) {
+FASTATTN_INLINE void softmax_strip(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query,
+                                   int64_t key, int64_t columns, float* scores, const vf* peak, float* m,
+                                   float* l, float* decay) {
   for (int i = 0; i < ROWS; ++i) {
     const float before = m[i], best = horizontal_max(peak[i]);
     const float now = best > before ? best : before;
@@ -32,7 +34,8 @@ FASTATTN_INLINE void softmax_strip(const AttentionProblem& p, int64_t batch, int
       if constexpr (DROP) {
         if (c % kPhiloxGroup == 0)
           philox_group(p.seed, static_cast<uint32_t>(batch), static_cast<uint32_t>(head),
-                       static_cast<uint32_t>(query + i), static_cast<uint32_t>((key + c) / kPhiloxGroup), numbers);
+                       static_cast<uint32_t>(query + i), static_cast<uint32_t>((key + c) / kPhiloxGroup),
+                       numbers);
         p0 = select(kept(numbers, c, p.drop_threshold), p0, vf{});
         p1 = select(kept(numbers, c + W, p.drop_threshold), p1, vf{});
       }
@@ -45,7 +48,8 @@ FASTATTN_INLINE void softmax_strip(const AttentionProblem& p, int64_t batch, int
   }
 }
 
-void forward(const AttentionProblem& p, int64_t batch, int64_t head, int64_t first, int64_t rows, char* scratch) {
+void forward(const AttentionProblem& p, int64_t batch, int64_t head, int64_t first, int64_t rows,
+             char* scratch) {
   const int64_t kv_head = head / (p.heads / p.kv_heads), block = key_block(p);
   const int64_t padded = round_up(rows, ROWS), v_stride = round_up(p.v_dim, PANEL);
   Scratch space{scratch};
@@ -84,8 +88,8 @@ void forward(const AttentionProblem& p, int64_t batch, int64_t head, int64_t fir
       else
         softmax_strip<false>(p, batch, head, query, key, columns, scores, peak, m + r, l + r, decay);
       // out = decay · out + p v
-      accumulate<true>(out + r * v_stride, v_stride, Left<LD, 1>{scores, columns, 0}, v, keys_padded * PANEL, columns,
-                       p.v_dim, decay);
+      accumulate<true>(out + r * v_stride, v_stride, Left<LD, 1>{scores, columns, 0}, v, keys_padded * PANEL,
+                       columns, p.v_dim, decay);
     }
   }
 

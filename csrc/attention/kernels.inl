@@ -21,8 +21,9 @@ double fma_loop(int64_t steps) {
 }
 
 constexpr AttentionKernels kKernels = {
-    ROWS,          kQueryBlock,   PANEL,         key_block,        forward_scratch, forward, backward_scratch,
-    backward_rows, backward_keys, backward_queries, backward_bias, fma_loop,
+    ROWS,          kQueryBlock,      PANEL,         key_block,     forward_scratch,
+    forward,       backward_scratch, backward_rows, backward_keys, backward_queries,
+    backward_bias, fma_loop,
 };
 
 }  // namespace

@@ -62,15 +62,15 @@ struct AttentionKernels {
   size_t (*backward_scratch)(const AttentionProblem&);
   // log2_sum and delta of one (batch, head).
   void (*backward_rows)(const AttentionProblem&, const AttentionGradients&, int64_t batch, int64_t head);
-  // dk and dv of one block of keys, and its part of dq in dq_sum. Blocks of one head may run at the same time,
-  // provided that they are started in order: each waits for its turn to add, so the sum has one order.
+  // dk and dv of one block of keys, and its part of dq in dq_sum. Blocks of one head may run at the same
+  // time, provided that they are started in order: each waits for its turn to add, so the sum has one order.
   void (*backward_keys)(const AttentionProblem&, const AttentionGradients&, int64_t batch, int64_t kv_head,
                         int64_t block, char* scratch);
   // dq of one (batch, head) from dq_sum.
   void (*backward_queries)(const AttentionProblem&, const AttentionGradients&, int64_t batch, int64_t head);
   // dbias of one block of keys (all keys where bias_columns is 1) of one (bias batch, bias head).
-  void (*backward_bias)(const AttentionProblem&, const AttentionGradients&, int64_t bias_batch, int64_t bias_head,
-                        int64_t block, char* scratch);
+  void (*backward_bias)(const AttentionProblem&, const AttentionGradients&, int64_t bias_batch,
+                        int64_t bias_head, int64_t block, char* scratch);
 
   // `steps` rounds of independent FMAs; returns the floating-point operations done.
   double (*fma_loop)(int64_t steps);

@@ -6,4 +6,3 @@
 #include "attention/kernels.inl"
 
 constinit const fastattn::AttentionKernels fastattn::kAttentionScalar = fastattn::scalar::kKernels;
-

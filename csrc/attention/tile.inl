@@ -96,8 +96,8 @@ FASTATTN_INLINE vi load_mask(const uint8_t* x, int64_t column_stride, int64_t n)
 
 // scores[ROWS][first … end) += bias, -inf where a key is masked; their maxima are joined into `peak`.
 template <class Bias>
-void constrain(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query, int64_t key, bool masked,
-               int64_t first, int64_t end, float* scores, vf* peak, Bias) {
+void constrain(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query, int64_t key,
+               bool masked, int64_t first, int64_t end, float* scores, vf* peak, Bias) {
   const vi lanes = lane_index();
   for (int i = 0; i < ROWS; ++i) {
     const int64_t q = min(query + i, p.q_length - 1);  // rows behind the last are computed and dropped
@@ -117,10 +117,11 @@ void constrain(const AttentionProblem& p, int64_t batch, int64_t head, int64_t q
 }
 
 // Scores in base 2 of ROWS queries from `query` (of which `rows` are there) against the packed block of keys
-// from `key` (of which `keys` are there): scores[ROWS][LD] = q · kt under mask and bias, their lanewise row maxima
-// in `peak`. Returns how many columns were computed, a multiple of PANEL; 0 if the strip is masked throughout.
-int64_t score_strip(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query, int64_t rows, int64_t key,
-                    int64_t keys, Left<PANEL, 1> q, const float* kt, float* scores, vf* peak) {
+// from `key` (of which `keys` are there): scores[ROWS][LD] = q · kt under mask and bias, their lanewise row
+// maxima in `peak`. Returns how many columns were computed, a multiple of PANEL; 0 if the strip is masked
+// throughout.
+int64_t score_strip(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query, int64_t rows,
+                    int64_t key, int64_t keys, Left<PANEL, 1> q, const float* kt, float* scores, vf* peak) {
   const int64_t columns = min(key_limit(p, batch, query + rows - 1) - key, keys);
   if (columns <= 0) return 0;
   const Cover covered = cover(p, batch, head, query, rows, key, columns);

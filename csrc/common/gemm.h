@@ -18,7 +18,8 @@ FASTATTN_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b 
 
 // x[count][dim] as panels: out[dim / PANEL][padded][PANEL], times `factor`; zeros behind count and dim.
 template <class T>
-void pack_rows(const T* x, int64_t stride, int64_t count, int64_t padded, int64_t dim, float factor, float* out) {
+void pack_rows(const T* x, int64_t stride, int64_t count, int64_t padded, int64_t dim, float factor,
+               float* out) {
   for (int64_t d = 0; d < dim; d += PANEL, out += padded * PANEL) {
     for (int64_t r = 0; r < count; ++r) {
       const T* from = x + r * stride + d;
@@ -85,8 +86,8 @@ FASTATTN_INLINE void multiply(vf (&acc)[ROWS][N], Left<ROW, STEP> left, const fl
   }
 }
 
-// out[ROWS][columns] += left · right for all panels of `right`, which are `panel_stride` floats apart; row i of
-// `out` is first multiplied by decay[i] where that is given.
+// out[ROWS][columns] += left · right for all panels of `right`, which are `panel_stride` floats apart; row i
+// of `out` is first multiplied by decay[i] where that is given.
 template <bool DECAY, int ROW, int STEP>
 FASTATTN_INLINE void accumulate(float* out, int64_t out_stride, Left<ROW, STEP> left, const float* right,
                                 int64_t panel_stride, int64_t depth, int64_t columns, const float* decay) {

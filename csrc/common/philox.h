@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) for dropout by position.
+// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) for dropout by
+// position.
 //
 // The layout, the same in every backend (fastattn/ops/attention/philox.py):
 //   key      seed, low then high 32 bits

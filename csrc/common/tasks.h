@@ -9,8 +9,9 @@
 
 namespace fastattn {
 
-// Runs task(0 … count-1, scratch) on as many threads as torch is set to use. Threads claim tasks in increasing order,
-// so a task may wait for one with a lower number. Each thread has `scratch_bytes` of its own, 64-byte aligned.
+// Runs task(0 … count-1, scratch) on as many threads as torch is set to use. Threads claim tasks in
+// increasing order, so a task may wait for one with a lower number. Each thread has `scratch_bytes` of its
+// own, 64-byte aligned.
 template <class Task>
 void run_tasks(int64_t count, size_t scratch_bytes, const Task& task) {
   if (count <= 0) return;

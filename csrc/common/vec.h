@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Vectors of FASTATTN_LANES floats, in the compiler's own vector types: one source for every instruction set.
-// A translation unit sets FASTATTN_ISA (a namespace) and FASTATTN_LANES before it includes this. Everything is
-// in an unnamed namespace, so that no inline function compiled for one instruction set is linked for another.
+// A translation unit sets FASTATTN_ISA (a namespace) and FASTATTN_LANES before it includes this. Everything
+// is in an unnamed namespace, so that no inline function compiled for one instruction set is linked for
+// another.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -63,7 +64,7 @@ FASTATTN_INLINE float horizontal_sum(vf x) {
 // 2^x for x <= 126, and exactly 0 for x <= -127 (so for -inf). Degree 5 on [-1/2, 1/2], relative error 2e-7.
 FASTATTN_INLINE vf exp2(vf x) {
   const vf floor = broadcast(-127.0f);
-  x = floor > x ? floor : x;  // in this order a NaN stays
+  x = floor > x ? floor : x;                // in this order a NaN stays
   const vf magic = broadcast(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer
   const vf n = x + magic;
   const vf f = x - (n - magic);

@@ -8,6 +8,7 @@ argument, so that one schema, one fake and one gradient serve every kernel. The 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -187,3 +188,7 @@ class Attention(torch.autograd.Function):
         )
         out, lse = Attention.apply(*folded, *inputs[7:])
         return (out.unflatten(0, (size, inner)), lse.unflatten(0, (size, inner))), (0, 0)
+
+
+# `apply` asks for this signature on every call; kept here it is not made anew each time (40 µs of 60).
+Attention.forward.__signature__ = inspect.signature(Attention.forward)  # type: ignore[attr-defined]
