@@ -17,7 +17,7 @@ from fastattn.gpt2.model import GPT2
 from fastattn.gpt2.options import Options
 
 _TOKENS_PER_PARAMETER = 20  # Hoffmann et al., "Training Compute-Optimal Large Language Models", 2022
-_PROCESS = 300 << 20  # torch, loaded
+_PROCESS = 400 << 20  # torch, loaded
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,22 @@ def expected_memory(config: GPT2Config, options: Options, dtype: torch.dtype, pa
     inner = config.n_inner or 4 * config.n_embd
     # two residual inputs in float32; norms' outputs, q k v, attention's output; the MLP's; dropout's masks
     layer = tokens * (8 * config.n_embd + item * (6 * config.n_embd + 2 * inner) + 2 * config.n_embd)
+    transient = 0
     if options.attention == "standard" or (
         options.attention == "sdpa" and options.device == "cpu" and config.attn_pdrop > 0
     ):
-        # probabilities before and after dropout, and its mask; softmax is in float32 under autocast too
-        layer += tokens * options.context * config.n_head * (4 + item + 1)
+        # Kept: probabilities before and after dropout, and its mask; softmax is float32 under autocast too.
+        # At the peak, one layer has its scores and their gradients besides.
+        square = tokens * options.context * config.n_head
+        layer += square * (4 + item + 1)
+        transient = square * 12
     if options.gradient_checkpointing:
         activations = layer + config.n_layer * tokens * 4 * config.n_embd
     else:
         activations = layer * config.n_layer
     rows = min(tokens, options.loss_chunk or tokens)
-    return (
-        _PROCESS + 16 * parameters + activations + rows * config.vocab_size * (12 + (item if item < 4 else 0))
-    )
+    logits = rows * config.vocab_size * (12 + (item if item < 4 else 0))
+    return _PROCESS + 16 * parameters + activations + transient + logits
 
 
 def plan_lines(

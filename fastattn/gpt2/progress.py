@@ -54,7 +54,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line for the reader, above the bar."""
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
 

@@ -182,7 +182,7 @@ class _Trainer:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise FloatingPointError(
                 f"step {step + 1}: expected a finite loss and gradient, got loss {loss} and gradient norm "
-                f"{grad_norm}; the checkpoints before it are whole, a lower --lr may help"
+                f"{grad_norm}; a lower --lr may help"
             )
         lr = learning_rate(
             step, peak=self.peak_lr, warmup=self.warmup, steps=self.options.steps, floor=self.options.min_lr
