@@ -1,4 +1,4 @@
-"""Options of the GPT-2 step benchmark, known to pytest when this folder is named: `fastattn bench bench/gpt2`."""
+"""Options of the GPT-2 step benchmark, known to pytest when this folder is named among its arguments."""
 
 from __future__ import annotations
 

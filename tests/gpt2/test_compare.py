@@ -319,6 +319,15 @@ def test_steps_that_were_asked_for_are_not_cut(simulated: Any) -> None:
     assert result["parity"]["steps"] == 40
 
 
+def test_a_sweep_without_an_end_of_its_own_gets_one(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "available_bytes", lambda: int(1e15))
+    result = simulated("--steps", "2")
+    statuses = cells(result)
+    assert statuses[2048, "standard"] == "measured"
+    assert statuses[max(t for t, _ in statuses), "standard"] == "not run (time)"
+    assert result["seconds"] < 60 + 60 + session_module.SWEEP_SECONDS + 10
+
+
 def test_the_time_budget_ends_a_run_in_the_middle(simulated: Any) -> None:
     result = simulated("--steps", "40", "--time-budget", "2")
     assert 0 < result["train"]["standard"]["steps"] < 39

@@ -7,6 +7,7 @@ The command is `add_arguments` and `run`. A `Session` runs child processes (`wor
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 from datetime import datetime, timezone
@@ -30,9 +31,14 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0; 1 where an implementation failed or ours differs in its losses; 2 for options that do not fit;
         130 after Ctrl-C. The report is written in each case but 2.
+
+    Raises:
+        ModuleNotFoundError: transformers is missing.
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = args.output or Path("runs") / f"gpt2-compare-{stamp}"
+    if importlib.util.find_spec("transformers") is None:
+        raise ModuleNotFoundError("fastattn compare gpt2 trains transformers' GPT-2", name="transformers")
     try:
         settings = settings_of(args)
     except ValueError as error:

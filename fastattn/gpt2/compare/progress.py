@@ -24,7 +24,7 @@ class Progress:
         self._rows = {name: {"at": "", "loss": "", "ms": "", "memory": "", "state": ""} for name in names}
         self._start = self._spoke = time.monotonic()
         self._left = ""
-        self._live: Any = _rich_live() if stream.isatty() else None
+        self._live: Any = _rich_live(stream) if stream.isatty() else None
 
     def __enter__(self) -> Progress:
         if self._live is not None:
@@ -109,9 +109,10 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
-def _rich_live() -> Any:
+def _rich_live(stream: TextIO) -> Any:
     try:
+        from rich.console import Console  # noqa: PLC0415, rich is optional
         from rich.live import Live  # noqa: PLC0415
     except ModuleNotFoundError:
         return None
-    return Live(refresh_per_second=4, redirect_stderr=False, redirect_stdout=False)
+    return Live(console=Console(file=stream), refresh_per_second=4)

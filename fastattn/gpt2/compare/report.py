@@ -83,8 +83,8 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
     for name, row in result["train"].items():
         if row["max_ms"] > UNSTEADY * row["min_ms"]:
             found.append(
-                f"{name}'s steps took {row['min_ms']:,.0f} to {row['max_ms']:,.0f} ms: something else was at work "
-                "on this machine, repeat this when it is quiet."
+                f"{name}'s steps took {row['min_ms']:,.0f} to {row['max_ms']:,.0f} ms: something else was at "
+                "work on this machine; repeat this when it is quiet."
             )
     return found
 

@@ -31,6 +31,8 @@ TRAIN_UNTIL: Final = 0.45
 PARITY_UNTIL: Final = 0.65
 LEAST_STEPS: Final = 2
 LEAST_TRAIN_STEPS: Final = 3  # where there is time for LEAST_STEPS at dropout 0 too
+# The sweep's time where there is no time budget and its contexts were not asked for.
+SWEEP_SECONDS: Final = 240.0
 WARM_UP_TOKENS: Final = 64  # of the step before each point of the sweep, which makes the optimiser's state
 
 
@@ -76,7 +78,7 @@ class Session:
         self._progress = progress
         self._workers: dict[str, Worker] = {}
         self._alone = False  # no room for processes that wait
-        self._start_seconds = 10.0
+        self._build_seconds = {True: 10.0, False: 3.0}  # by whether a process had to be started
 
         corpus = self._corpus = load_tokens(settings.data, settings.tokenizer)
         self.notes += corpus.notes
@@ -127,6 +129,7 @@ class Session:
             except _NoRoom:
                 self._alone = True
                 del self.samples[kept:]
+                self._close(self._workers)  # one may be in the middle of an answer
                 self._note("no memory for one implementation's step beside the others: not interleaved")
         begin = self._elapsed() / (self.settings.time_budget or 1)
         for i, name in enumerate(names):
@@ -187,8 +190,7 @@ class Session:
                     answers[name] = answer
                     self.built.setdefault(name, answer)
                     self._progress.idle(name, "waits")
-        if fresh:
-            self._start_seconds = time.monotonic() - begin
+        self._build_seconds[bool(fresh)] = time.monotonic() - begin
         return answers
 
     def _step(self, name: str, at: str, batches: Path, record: dict[str, Any]) -> dict[str, Any] | None:
@@ -236,6 +238,8 @@ class Session:
         return None
 
     def _sweep(self) -> None:
+        if self._deadline is None and self.settings.sweep is None:
+            self._deadline = time.monotonic() + SWEEP_SECONDS
         for context in self.settings.contexts:
             rows = [self._point(name, context) for name in ("fastattn", "standard", "sdpa")]
             self.sweep += sorted(rows, key=lambda row: list(IMPLEMENTATIONS).index(row["implementation"]))
@@ -262,7 +266,7 @@ class Session:
         if stop is not None and context >= stop.context:
             return row | {"status": "out of memory", "reason": f"at {stop.context:,} tokens: {stop.reason}"}
         if self._deadline is not None and most_ms is not None:
-            seconds = most_ms / 1000 + (0 if name in self._workers else self._start_seconds)
+            seconds = most_ms / 1000 + self._build_seconds[name not in self._workers]
             if time.monotonic() + seconds > self._deadline:
                 reason = f"up to {clock(seconds)} needed, {clock(self._deadline - time.monotonic())} left"
                 return row | {"status": "not run (time)", "reason": reason}

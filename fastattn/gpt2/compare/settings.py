@@ -41,7 +41,7 @@ class Settings:
         device: "cpu", "cuda" or "cuda:N".
         sweep: contexts to measure one step of; None for doubling from half of `context` while it fits.
         memory_budget: bytes, or None for 90 % of what is available.
-        time_budget: seconds for everything, or None for no limit.
+        time_budget: seconds for everything, or None for no limit but the sweep's own.
         data: source as `load_tokens` takes it.
         tokenizer: "gpt2" or "bytes".
         seed: of weights, dropout and batches.
@@ -158,7 +158,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-budget", type=float, metavar="GB", help="default: 90 %% of what is available"
     )
-    parser.add_argument("--time-budget", type=float, metavar="MINUTES", help="default 11, with --quick 1.7")
+    parser.add_argument(
+        "--time-budget",
+        type=float,
+        metavar="MINUTES",
+        help="default 11, with --quick 1.7; none with --steps or --sweep",
+    )
     parser.add_argument("--data", default="shakespeare", help="shakespeare, a text file, a folder or a .bin")
     parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), default="gpt2", help="default gpt2")
     parser.add_argument("--output", type=Path, help="folder (default runs/gpt2-compare-TIME)")
