@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.attention import attention, causal
-from fastattn.ops.attention.masks import Mask
+from fastattn.ops.attention.masks import Mask, as_mask
 
 
 def scaled_dot_product_attention(
@@ -66,7 +66,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         folded = _fold_mask(attn_mask, lead)
         if attn_mask.dtype == torch.bool:
-            mask = folded if mask is None else mask & folded
+            mask = folded if mask is None else mask & as_mask(folded)
         elif attn_mask.is_floating_point():
             bias = folded
         else:

@@ -29,7 +29,7 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 
 from fastattn.ops.attention import attention, causal
-from fastattn.ops.attention.masks import Mask
+from fastattn.ops.attention.masks import Mask, as_mask
 
 # Reach every attention function by way of the model's **kwargs, and do not concern it.
 _NOT_ATTENTION = frozenset(
@@ -148,7 +148,8 @@ def attention_mask(
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)
         if is_tracing(padding) or not bool(padding.all()):
-            return CompactMask(mask & padding[:, None, None, :], (batch_size, 1, q_length, kv_length))
+            mask = mask & as_mask(padding[:, None, None, :])
+            return CompactMask(mask, (batch_size, 1, q_length, kv_length))
     if is_full or q_length in (1, kv_length):
         return None
     return CompactMask(mask, (batch_size, 1, q_length, kv_length))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.ops.attention import attention, causal
-from fastattn.ops.attention.masks import Mask
+from fastattn.ops.attention.masks import Mask, as_mask
 from fastattn.ops.attention.weights import attention_weights
 
 _MINUS_INFINITY = float("-inf")
@@ -204,7 +204,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             padding = F.pad(padding, (0, appended)).view(batch, 1, 1, keys + appended)
             padding = _as_bool(padding)
             if padding.dtype == torch.bool and not isinstance(mask, Tensor):
-                mask = ~padding if mask is None else mask & ~padding
+                mask = ~padding if mask is None else mask & as_mask(~padding)
             else:
                 # Two bool masks joined would be [N, 1, L, S]: the smaller one, [N, 1, 1, S], goes as a bias.
                 if padding.dtype == torch.bool:

@@ -200,15 +200,19 @@ def test_autocast_as_torch():
     assert out.dtype == expected.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("mask", ["causal", "bool", "float"])
 @pytest.mark.parametrize("rank", [4, 5])
-def test_compiles_whole(rank):
+def test_compiles_whole(rank, mask):
     torch.manual_seed(0)
     tensors = [torch.randn(*(2, 1)[: rank - 3], 4, length, 8) for length in (5, 7, 7)]
-    mask = torch.randn(5, 7)
+    options = {
+        "is_causal": mask == "causal",
+        "attn_mask": make_mask("bool" if mask == "causal" else mask, (5, 7)),
+    }
     torch.compiler.reset()
     compiled = torch.compile(fastattn.scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
-    expected = F.scaled_dot_product_attention(*tensors, attn_mask=mask)
-    assert torch.allclose(compiled(*tensors, attn_mask=mask), expected, atol=1e-6)
+    expected = fastattn.scaled_dot_product_attention(*tensors, **options)
+    assert torch.allclose(compiled(*tensors, **options), expected, atol=1e-6)
 
 
 def randn(*shape, **options):

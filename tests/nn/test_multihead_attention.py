@@ -328,12 +328,13 @@ def test_inside_torchs_decoder():
         assert torch.allclose(found, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("attn", [None, "bool 2", "float 2"])
+@pytest.mark.parametrize("attn", [None, "bool 2", "float 2", "causal"])
 @pytest.mark.parametrize("padding", [None, "bool", "float -inf"])
 def test_compiles_whole(padding, attn):
     mha = fastattn.MultiheadAttention(EMBED, HEADS, batch_first=True)
     x = torch.randn(BATCH, LENGTH, EMBED)
-    masks = make_masks(LENGTH, padding, attn)
+    masks = make_masks(LENGTH, padding, None if attn == "causal" else attn)
+    masks["is_causal"] = attn == "causal"
     torch.compiler.reset()
     compiled = torch.compile(mha, backend="aot_eager", fullgraph=True, dynamic=False)
     out, _ = compiled(x, x, x, need_weights=False, **masks)
