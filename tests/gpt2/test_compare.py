@@ -454,6 +454,7 @@ def test_memory_limits_of_control_groups_count(tmp_path: Path, monkeypatch: pyte
         (["--batch", "0"], "--batch: expected at least 1, got 0"),
         (["--dropout", "1"], r"--dropout: expected a probability in \[0, 1\)"),
         (["--memory-budget", "0"], "--memory-budget: expected more than 0"),
+        (["--device", "mps"], "--device: expected cpu, cuda or cuda:N, got 'mps'"),
         (["--rounds", "0"], "--rounds: expected at least 1"),
     ],
 )

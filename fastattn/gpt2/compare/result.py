@@ -162,6 +162,8 @@ def verdict(result: Mapping[str, Any]) -> str:
     losses = result["parity"]
     if losses["passed"] is None:
         agreement = "losses were not compared"
+    elif losses["largest"][OURS] == 0:
+        agreement = "losses are the same"
     elif losses["passed"]:
         agreement = f"losses agree to {losses['largest'][OURS]:.0e}"
     else:

@@ -69,6 +69,10 @@ class Settings:
     def __post_init__(self) -> None:
         if not _CUSTOM_SIZE.fullmatch(self.size):
             config_of(self.size)
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {self.device!r}")
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise ValueError(f"--device: expected a GPU that torch can use, got {self.device!r} without one")
         for name in ("context", "batch", "steps", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")
