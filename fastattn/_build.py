@@ -64,6 +64,10 @@ class BuildError(RuntimeError):
     """The kernels can't be built here; the message says why and what would help."""
 
 
+class ToolMissing(BuildError):
+    """What a build needs is not installed: no fault of the sources."""
+
+
 class Compiler(NamedTuple):
     """A C++20 compiler: the command that runs it and what it calls itself."""
 
@@ -75,7 +79,7 @@ def find_compiler() -> Compiler:
     """The compiler in ``$CXX``, else the first of c++, g++ and clang++ that does C++20.
 
     Raises:
-        BuildError: none does, with what each of them said.
+        ToolMissing: none does, with what each of them said.
     """
     given = os.environ.get("CXX")
     candidates = [shlex.split(given)] if given else [["c++"], ["g++"], ["clang++"]]
@@ -98,7 +102,7 @@ def find_compiler() -> Compiler:
         said = (probe.stderr.strip() or f"exit status {probe.returncode}").split("\n")[0]
         refused.append(f"{path} does not compile C++20 ({said})")
     source = "$CXX: " if given else ""
-    raise BuildError(
+    raise ToolMissing(
         f"no C++20 compiler: {source}{'; '.join(refused)}. Install g++ >= 11 or clang >= 14, or set CXX"
     )
 
@@ -110,7 +114,7 @@ def find_torch() -> Path:
     site-packages lie: an isolated build imports from a folder of its own, but keeps the interpreter's paths.
 
     Raises:
-        BuildError: there is none, with the folders looked at.
+        ToolMissing: there is none, with the folders looked at.
     """
     given = os.environ.get("FASTATTN_TORCH_DIR")
     refused = []
@@ -123,7 +127,7 @@ def find_torch() -> Path:
         else:
             return folder
     wanted = ".".join(map(str, MIN_TORCH))
-    raise BuildError(
+    raise ToolMissing(
         f"no torch >= {wanted} headers: {'; '.join(refused)}. Install torch first, or set FASTATTN_TORCH_DIR"
     )
 
@@ -234,7 +238,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _refuse_windows() -> None:
     if sys.platform == "win32":
-        raise BuildError("the kernels do not build on Windows yet; in WSL they do")
+        raise ToolMissing("the kernels do not build on Windows yet; in WSL they do")
 
 
 def _find_ninja() -> str:
@@ -247,7 +251,7 @@ def _find_ninja() -> str:
             return path
     path = shutil.which("ninja")
     if path is None:
-        raise BuildError("ninja not found: pip install ninja")
+        raise ToolMissing("ninja not found: pip install ninja")
     return path
 
 
@@ -367,10 +371,13 @@ def main() -> None:
     parser.add_argument(
         "--work-dir", type=Path, default=package.parent / "build/kernels", help="keeps object files"
     )
+    parser.add_argument("--if-possible", action="store_true", help="no error where there is no compiler")
     args = parser.parse_args()
     csrc = package.parent / "csrc"
     try:
         build(csrc, find_torch(), args.output, work_dir=args.work_dir)
+    except ToolMissing as error:
+        parser.exit(0 if args.if_possible else 1, f"fastattn: no kernels: {error}\n")
     except BuildError as error:
         parser.exit(1, f"fastattn: {error}\n")
 

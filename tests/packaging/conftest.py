@@ -52,7 +52,16 @@ def tree(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiler() -> _build.Compiler:
+    """A C++20 compiler; the test is skipped where there is none."""
+    try:
+        return _build.find_compiler()
+    except _build.ToolMissing as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def library(compiler: _build.Compiler, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library of the stand-in kernels, built once."""
     folder = tmp_path_factory.mktemp("library")
     write_kernels(folder / "csrc")

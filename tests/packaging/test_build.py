@@ -59,6 +59,7 @@ def test_every_source_is_listed() -> None:
     assert listed == {path.relative_to(ROOT / "csrc").as_posix() for path in (ROOT / "csrc").rglob("*.cpp")}
 
 
+@pytest.mark.usefixtures("compiler")
 def test_build_stamps_the_library(tree: Path, tmp_path: Path) -> None:
     output, work_dir = tmp_path / "out dir" / "_C.abi3.so", tmp_path / "work"
     _build.build(tree / "csrc", _build.find_torch(), output, work_dir=work_dir)
@@ -72,6 +73,7 @@ def test_build_stamps_the_library(tree: Path, tmp_path: Path) -> None:
     assert (work_dir / "library.o").stat().st_mtime_ns == compiled  # only what changed
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compile_error_is_told_and_leaves_the_old_library(tree: Path, tmp_path: Path) -> None:
     output = tmp_path / "_C.abi3.so"
     output.write_text("old")
@@ -84,7 +86,7 @@ def test_compile_error_is_told_and_leaves_the_old_library(tree: Path, tmp_path: 
 
 def test_find_compiler_takes_cxx_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(_build.BuildError, match=r"\$CXX: no-such-compiler not found"):
+    with pytest.raises(_build.ToolMissing, match=r"\$CXX: no-such-compiler not found"):
         _build.find_compiler()
     monkeypatch.setenv("CXX", shutil.which("false") or "false")
     with pytest.raises(_build.BuildError, match=r"does not compile C\+\+20"):
@@ -96,10 +98,22 @@ def test_find_torch_names_what_it_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
     header.parent.mkdir(parents=True)
     header.write_text("#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 9\n")
     monkeypatch.setenv("FASTATTN_TORCH_DIR", str(tmp_path))
-    with pytest.raises(_build.BuildError, match=r"no torch >= 2\.10 headers: .* is torch 2\.9"):
+    with pytest.raises(_build.ToolMissing, match=r"no torch >= 2\.10 headers: .* is torch 2\.9"):
         _build.find_torch()
     header.write_text("#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 10\n")
     assert _build.find_torch() == tmp_path
+
+
+def test_make_goes_on_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for arguments, status in (["--if-possible"], 0), ([], 1):
+        monkeypatch.setattr(sys, "argv", ["_build.py", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            _build.main()
+        assert stopped.value.code == status
+        assert "no-such-compiler not found" in capsys.readouterr().err
 
 
 def nm(*arguments: str) -> list[list[str]]:

@@ -12,6 +12,8 @@ import pytest
 
 from fastattn import _build
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiler")]
+
 Python = Callable[..., subprocess.CompletedProcess[str]]
 
 ORIGIN = """

@@ -14,6 +14,8 @@ import pytest
 
 from fastattn import _build
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiler")]
+
 FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
 
 
