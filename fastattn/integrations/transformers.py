@@ -231,5 +231,5 @@ def _refuse_unknown(kwargs: dict[str, Any], packed_in_mask: bool) -> None:
                 continue
             why = "pack sequences by position_ids that start again at 0"
         else:
-            why = "this attention does not know it and would have to ignore it"
+            why = "it is not supported, and would have to be ignored"
         raise NotImplementedError(f"{name}: expected None, got {type(given).__name__}; {why}")

@@ -29,7 +29,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Without weights nothing L × S is made but what a given L × S mask needs, with one exception: a float
     `key_padding_mask` with values other than 0 and -inf is added to a float `attn_mask` (under
-    `torch.compile` any float one). Weights averaged over the heads are made one head at a time.
+    `torch.compile` any float one). Weights averaged over the heads are made a few heads at a time.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017 (arXiv 1706.03762); PyTorch 2.13's interface.
 

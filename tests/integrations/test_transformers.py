@@ -216,6 +216,7 @@ def test_prefill_in_chunks(name, side, kind):
     assert torch.allclose(*results, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradient_checkpointing(dropout, reentrant):

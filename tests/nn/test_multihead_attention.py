@@ -273,6 +273,33 @@ def test_masks_are_not_joined_per_batch(attn, padding):
     assert largest_tensor(call) <= max(3 * x.numel(), length * length)
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+@pytest.mark.parametrize("masks", [{}, {"attn": "float 3", "padding": "bool"}], ids=str)
+def test_weights_of_large_problems_are_averaged_in_parts(monkeypatch, masks):
+    monkeypatch.setattr("fastattn.ops.attention.weights._TOGETHER", 2 * BATCH * LENGTH * KEYS)
+    theirs, ours = pair()
+    inputs = make_inputs("cross", theirs)
+    masks = make_masks(KEYS, **masks)
+    assert_matches_torch(theirs, ours, inputs, masks)
+
+
+def test_averaged_weights_need_no_matrix_of_every_head(monkeypatch):
+    """In training as well, whether or not the weights are used."""
+    length = 100
+    one_head = BATCH * length * length
+    monkeypatch.setattr("fastattn.ops.attention.weights._TOGETHER", one_head)
+    x = torch.randn(BATCH, length, EMBED, requires_grad=True)
+    if fastattn.explain(*(x.view(BATCH, length, 1, EMBED).transpose(1, 2),) * 3).backend == "reference":
+        pytest.skip("the reference backend holds the matrix of probabilities")
+    mha = fastattn.MultiheadAttention(EMBED, HEADS, batch_first=True)
+
+    def call():
+        out, weights = mha(x, x, x)
+        (out.sum() + weights.square().sum()).backward()
+
+    assert largest_tensor(call) == one_head
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("masks", ["none", "padding", "causal", "both"])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastattn.ops.attention.masks import Mask, as_mask
+
+# Heads whose matrices have fewer elements than this in all are averaged together.
+_TOGETHER: Final = 1 << 23
 
 
 def attention_weights(
@@ -30,8 +34,8 @@ def attention_weights(
         mask: as in `attention`.
         bias: as in `attention`.
         scale: as in `attention`.
-        average: return the mean over the heads; then no more than one head's matrix is in memory at a time,
-            neither in forward nor for backward.
+        average: return the mean over the heads; then only a few heads' matrices are in memory at a time,
+            both in forward and for backward: as many as have 32 MiB, and at least one.
 
     Returns:
         ``[B, H, L_q, L_k]``, or ``[B, L_q, L_k]`` with `average`, in q's dtype; differentiable. A row with
@@ -46,36 +50,43 @@ def attention_weights(
         True
     """
     batch, heads, q_length, head_dim = q.shape
-    group = heads // k.shape[1]
+    k_length = k.shape[2]
+    if k.shape[1] != heads:
+        k = k.repeat_interleave(heads // k.shape[1], dim=1)
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
-    keep = as_mask(mask).to_dense(batch=batch, q_length=q_length, k_length=k.shape[2], device=q.device)
-
-    def one_head(head: int) -> Tensor:
-        of_head = q[:, head], k[:, head // group], lse[:, head], _head(keep, head), _head(bias, head), scale
-        if average and torch.is_grad_enabled():
-            weights: Tensor = checkpoint(
-                _probabilities, *of_head, use_reentrant=False, preserve_rng_state=False
-            )
-            return weights
-        return _probabilities(*of_head)
-
+    keep = as_mask(mask).to_dense(batch=batch, q_length=q_length, k_length=k_length, device=q.device)
     if not average:
-        return torch.stack([one_head(head) for head in range(heads)], dim=1).to(q.dtype)
-    total = one_head(0)
-    for head in range(1, heads):
-        total = total + one_head(head)
+        return _probabilities(q, k, lse, keep, bias, scale).to(q.dtype)
+
+    step = max(1, _TOGETHER // max(1, batch * q_length * k_length))
+    if step >= heads:
+        return _probabilities(q, k, lse, keep, bias, scale).mean(1).to(q.dtype)
+    total = q.new_zeros((batch, q_length, k_length), dtype=lse.dtype)
+    for first in range(0, heads, step):
+        some = slice(first, first + step)
+        part: Tensor = checkpoint(
+            _sum_over_heads,
+            *(q[:, some], k[:, some], lse[:, some], _some(keep, some), _some(bias, some), scale),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        total = total + part
     return (total / heads).to(q.dtype)
 
 
-def _head(x: Tensor | None, head: int) -> Tensor | None:
-    return None if x is None else x[:, head if x.shape[1] > 1 else 0]
+def _some(x: Tensor | None, heads: slice) -> Tensor | None:
+    return x if x is None or x.shape[1] == 1 else x[:, heads]
+
+
+def _sum_over_heads(*args: Any) -> Tensor:
+    return _probabilities(*args).sum(1)
 
 
 def _probabilities(
     q: Tensor, k: Tensor, lse: Tensor, keep: Tensor | None, bias: Tensor | None, scale: float
 ) -> Tensor:
-    """One head's ``[B, L_q, L_k]`` in float32 or wider."""
+    """``[B, H, L_q, L_k]`` in float32 or wider."""
     scores = torch.matmul(q, k.transpose(-1, -2)).to(lse.dtype) * scale
     if bias is not None:
         scores = scores + bias.to(lse.dtype)
