@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastattn.testing import poisoned_memory
+
 
 def pytest_configure() -> None:
     """At most four threads: a large machine tests what a small one does. OMP_NUM_THREADS goes first."""
@@ -24,12 +26,7 @@ def seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Fill what torch allocates uninitialised with NaN (integers: their largest value), in kernels too."""
-    was_filled = torch.utils.deterministic.fill_uninitialized_memory
-    mode = torch.get_deterministic_debug_mode()
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = was_filled
-    torch.set_deterministic_debug_mode(mode)
+def poison() -> Iterator[None]:
+    """What torch allocates uninitialised is NaN (integers: their largest value), the kernels' outputs too."""
+    with poisoned_memory():
+        yield
