@@ -1,4 +1,4 @@
-"""`fastattn compare gpt2`: real processes on a tiny model, and the plan of a run against simulated ones."""
+"""`fastattn compare gpt2`: its options, and real processes on a tiny model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,12 +18,8 @@ pytest.importorskip("transformers")
 
 from fastattn.gpt2 import compare
 from fastattn.gpt2.compare import process as process_module
-from fastattn.gpt2.compare import session as session_module
-from fastattn.gpt2.compare.plan import fit, predict, rotated, turns
 from fastattn.gpt2.compare.process import OutOfMemory, OutOfTime, Worker, WorkerFailed, resident_bytes
 from fastattn.gpt2.compare.progress import Progress
-from fastattn.gpt2.compare.report import markdown
-from fastattn.gpt2.compare.result import result_of, summaries, verdict
 from fastattn.gpt2.compare.session import Session
 from fastattn.gpt2.compare.settings import IMPLEMENTATIONS, Settings, settings_of
 
@@ -39,7 +34,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write_ids(path: Path, text: str) -> Path:
     """Bytes as a nanoGPT file of ids, which needs no cache."""
-    path.write_bytes(bytes(torch.tensor(list(text.encode()), dtype=torch.uint16).untyped_storage()))
+    path.write_bytes(torch.tensor(list(text.encode()), dtype=torch.uint16).numpy().tobytes())
     return path
 
 
@@ -60,9 +55,6 @@ def plain(text: Path) -> list[str | Path]:
 
 def tiny(text: Path, *words: str | Path) -> Settings:
     return parse(*plain(text), *words)
-
-
-# --- on real processes
 
 
 def test_a_comparison_of_all_three_writes_a_whole_report(text: Path, tmp_path: Path) -> None:
@@ -192,243 +184,6 @@ def _children(pid: int) -> list[int]:
         ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True
     )
     return [int(word) for word in found.stdout.split()]
-
-
-# --- on simulated processes and a simulated clock: how time and memory are shared out
-
-
-class Clock:
-    """Stands for the module `time`."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-class SimulatedWorker:
-    """Answers as a child would; a step takes time and memory by a law of the context."""
-
-    clock: ClassVar[Clock]
-    seconds: ClassVar[dict[str, tuple[float, float]]] = {}  # per 1,024 tokens, and per its square
-    activations: ClassVar[dict[str, tuple[float, float]]] = {}  # GB, likewise
-    at_rest = int(2e9)
-
-    def __init__(self, spec: dict[str, Any], log: Path) -> None:
-        self.name = next(
-            name for name, (attention, _) in IMPLEMENTATIONS.items() if attention == spec["attention"]
-        )
-        self.command: dict[str, Any] = {}
-        self.context = 0
-
-    def resident(self) -> int:
-        return self.at_rest
-
-    def send(self, command: dict[str, Any]) -> None:
-        self.command = command
-
-    def wait(self, limit: int, deadline: float | None, tick: Any) -> dict[str, Any]:
-        if self.command["do"] == "build":
-            self.clock.now += 2
-            self.context = self.command["context"]
-            model = {"libraries_bytes": int(4e8), "model_bytes": int(1.6e9), "weights": "same"}
-            return {**model, "parameters": 10**8, "threads": 2, "backend": None}
-        context = int(Path(self.command["batches"]).name.split("-")[0])
-        t = context / 1024
-        (a, b), (c, d) = self.seconds[self.name], self.activations[self.name]
-        seconds, peak = a * t + b * t * t, self.at_rest + int(1e9 * (c * t + d * t * t))
-        if peak > limit:
-            raise OutOfMemory("stopped", limit)
-        self.clock.now += seconds
-        if deadline is not None and self.clock.now > deadline:
-            raise OutOfTime
-        return {"loss": 10.0, "ms": 1000 * seconds, "peak_bytes": peak}
-
-    def close(self) -> None:
-        pass
-
-
-@pytest.fixture
-def simulated(text: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A session on a machine of two cores: the times and sizes are those of GPT-2 124M."""
-    clock = Clock()
-    monkeypatch.setattr(SimulatedWorker, "clock", clock, raising=False)
-    monkeypatch.setattr(SimulatedWorker, "seconds", {"standard": (6, 8), "sdpa": (6, 6), "fastattn": (6, 1)})
-    monkeypatch.setattr(
-        SimulatedWorker, "activations", {"standard": (1, 2.6), "sdpa": (1, 2.6), "fastattn": (1, 0)}
-    )
-    monkeypatch.setattr(session_module, "Worker", SimulatedWorker)
-    monkeypatch.setattr(session_module, "time", clock)
-    monkeypatch.setattr(session_module, "available_bytes", lambda: int(24e9))
-
-    def run(*words: str) -> dict[str, Any]:
-        long = write_ids(text.with_name("long.bin"), "word " * 40_000)
-        settings = parse("--data", long, "--tokenizer", "bytes", "--device", "cpu", *words)
-        with Session(settings, Progress(list(IMPLEMENTATIONS))) as session:
-            session.run()
-        result = result_of(session, started="now", seconds=clock.now - 1000, interrupted=False)
-        assert markdown(result, None)
-        return result
-
-    return run
-
-
-def cells(result: dict[str, Any]) -> dict[tuple[int, str], str]:
-    return {(row["context"], row["implementation"]): row["status"] for row in result["sweep"]}
-
-
-def test_the_default_run_fits_its_time(simulated: Any) -> None:
-    result = simulated()
-    assert result["seconds"] < 12 * 60
-    assert [result["train"][name]["steps"] for name in IMPLEMENTATIONS] == [5, 5, 5]
-    assert result["parity"]["steps"] >= 2
-    at = cells(result)
-    assert [at[1024, name] for name in IMPLEMENTATIONS] == ["measured"] * 3
-    assert [at[2048, name] for name in IMPLEMENTATIONS] == ["measured"] * 3
-    assert [at[4096, name] for name in IMPLEMENTATIONS] == ["out of memory", "out of memory", "measured"]
-    assert at[8192, "standard"] == "out of memory"
-    refused = next(row for row in result["sweep"] if row["status"] == "out of memory")
-    assert refused["predicted_bytes"] == pytest.approx(2e9 + 4e9 + 16 * 2.6e9, rel=0.01)
-    assert "would need about 48 GB" in refused["reason"]
-
-
-def test_a_slow_machine_does_fewer_steps_and_says_so(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        SimulatedWorker, "seconds", {"standard": (15, 20), "sdpa": (15, 15), "fastattn": (15, 3)}
-    )
-    result = simulated()
-    assert result["seconds"] <= 11 * 60
-    assert result["train"]["standard"]["steps"] == 2
-    assert any(note.startswith("train: 3 of 6 steps") for note in result["notes"])
-    assert any(status == "not run (time)" for status in cells(result).values())
-
-
-def test_the_run_at_dropout_0_has_its_time_kept(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"standard": (40, 20), "sdpa": (40, 15), "fastattn": (40, 3)}
-    monkeypatch.setattr(SimulatedWorker, "seconds", seconds)
-    result = simulated()
-    assert result["train"]["fastattn"]["steps"] == 1
-    assert result["parity"]["steps"] == 2
-    assert result["seconds"] <= 11 * 60
-
-
-def test_steps_that_were_asked_for_are_not_cut(simulated: Any) -> None:
-    result = simulated("--steps", "40", "--no-sweep", "--time-budget", "100")
-    assert result["train"]["fastattn"]["steps"] == 39
-    assert result["parity"]["steps"] == 40
-
-
-def test_a_sweep_without_an_end_of_its_own_gets_one(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "available_bytes", lambda: int(1e15))
-    result = simulated("--steps", "2")
-    statuses = cells(result)
-    assert statuses[2048, "standard"] == "measured"
-    assert statuses[max(t for t, _ in statuses), "standard"] == "not run (time)"
-    assert result["seconds"] < 60 + 60 + session_module.SWEEP_SECONDS + 10
-
-
-def test_the_time_budget_ends_a_run_in_the_middle(simulated: Any) -> None:
-    result = simulated("--steps", "40", "--time-budget", "2")
-    assert 0 < result["train"]["standard"]["steps"] < 39
-    assert any("stopped at the time budget" in note for note in result["notes"])
-    assert result["parity"]["passed"] is None
-
-
-def test_without_room_beside_each_other_they_run_one_by_one(simulated: Any) -> None:
-    result = simulated("--steps", "3", "--memory-budget", "6", "--no-sweep")
-    assert any("not interleaved" in note for note in result["notes"])
-    order = [s["implementation"] for s in result["samples"] if s["phase"] == "train"]
-    assert order == ["standard"] * 3 + ["sdpa"] * 3 + ["fastattn"] * 3
-
-
-def test_where_only_ours_fits_the_others_are_out_of_memory(simulated: Any) -> None:
-    result = simulated("--steps", "3", "--memory-budget", "4.5", "--sweep", "512,1k,2k")
-    assert list(result["train"]) == ["fastattn"]
-    assert result["implementations"]["standard"]["status"] == "out of memory"
-    at = cells(result)
-    assert [at[t, "fastattn"] for t in (512, 1024, 2048)] == ["measured"] * 3
-    assert [at[t, "standard"] for t in (512, 1024, 2048)] == ["measured", "out of memory", "out of memory"]
-    assert "out of memory" in result["verdict"]
-
-
-def test_a_context_longer_than_the_text_is_told(simulated: Any) -> None:
-    result = simulated("--steps", "2", "--sweep", "256k")
-    assert set(cells(result).values()) <= {"not run (data)", "out of memory"}
-    assert cells(result)[256 * 1024, "fastattn"] == "out of memory"
-
-
-# --- the arithmetic
-
-
-def test_fit_recovers_a_law_and_never_goes_below_zero() -> None:
-    assert fit({256: 3 * 256 + 0.5 * 256**2, 512: 3 * 512 + 0.5 * 512**2}) == pytest.approx((3, 0.5))
-    assert fit({256: 512.0, 512: 1000.0}) == pytest.approx((1000 / 512, 0))  # bends down: taken as linear
-    assert fit({1: 1.0, 2: 4.0, 4: 16.0}) == pytest.approx((0, 1))
-    with pytest.raises(ValueError, match="at least 2"):
-        fit({512: 1.0})
-
-
-def test_predictions_from_one_point_are_bounds() -> None:
-    assert predict({}, 2048, "least") is None
-    assert predict({1024: 8.0}, 512, "least") == 2.0
-    assert predict({1024: 8.0}, 512, "most") == 4.0
-    assert (
-        predict({512: 1.0, 1024: 4.0}, 2048, "least") == predict({512: 1.0, 1024: 4.0}, 2048, "most") == 16.0
-    )
-
-
-@pytest.mark.parametrize("steps", [1, 2, 5, 17])
-@pytest.mark.parametrize("rounds", [1, 2, 3, 40])
-def test_turns_cover_every_step_once(steps: int, rounds: int) -> None:
-    cut = turns(steps, rounds)
-    assert [step for turn in cut for step in turn] == list(range(steps))
-    assert max(map(len, cut)) - min(map(len, cut)) <= 1
-
-
-def test_each_implementation_comes_first_in_its_turn() -> None:
-    assert [rotated(list(IMPLEMENTATIONS), turn)[0] for turn in range(4)] == [*IMPLEMENTATIONS, "standard"]
-
-
-def sample(name: str, ms: float, peak: int, step: int = 1) -> dict[str, Any]:
-    base = {"phase": "train", "context": 8, "dropout": 0.1, "tokens": 8, "loss": 1.0, "warmup": step == 0}
-    return {**base, "implementation": name, "step": step, "ms": ms, "peak_bytes": peak}
-
-
-def test_summaries_leave_the_warm_up_out_of_times_but_not_of_memory() -> None:
-    built = {name: {"libraries_bytes": 10, "model_bytes": 20} for name in IMPLEMENTATIONS}
-    samples = [sample("standard", 900.0, 100, step=0), sample("standard", 30.0, 90, step=1)]
-    samples += [sample("standard", 50.0, 80, step=2), sample("fastattn", 20.0, 70, step=1)]
-    found = summaries(samples, "train", built)
-    assert found["standard"]["median_ms"] == 40.0
-    assert found["standard"]["peak_bytes"] == 100
-    assert found["standard"]["activation_bytes"] == 70
-    assert found["standard"]["tokens_per_second"] == pytest.approx(200.0)
-    assert found["fastattn"]["speedup"] == 2.0
-
-
-@pytest.mark.parametrize(
-    ("ours", "peak", "passed", "said"),
-    [
-        (20.0, 50, True, ["2.00× faster", "(50%) less memory", "losses agree to 1e-06"]),
-        (80.0, 150, True, ["2.00× slower", "(50%) more memory"]),
-        (20.0, 50, False, ["LOSSES DIFFER by 1e-06"]),
-        (20.0, 50, None, ["losses were not compared"]),
-    ],
-)
-def test_the_verdict_says_what_was_measured(
-    ours: float, peak: int, passed: bool | None, said: list[str]
-) -> None:
-    built = {name: {"libraries_bytes": 0, "model_bytes": 0} for name in IMPLEMENTATIONS}
-    rows = summaries([sample("standard", 40.0, 100), sample("fastattn", ours, peak)], "train", built)
-    result = {
-        "model": {"title": "GPT-2 124M"},
-        "train": rows,
-        "parity": {"passed": passed, "largest": {"fastattn": 1e-6}, "tolerance": 1e-4},
-    }
-    sentence = verdict(result)
-    for words in said:
-        assert words in sentence
 
 
 def test_memory_limits_of_control_groups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,8 @@ def result_of(session: Session, *, started: str, seconds: float, interrupted: bo
     implementations = {}
     for name, (attention, what) in IMPLEMENTATIONS.items():
         stop = session.stopped.get(name)
+        if stop is not None and stop.status != "failed" and stop.context > settings.context:
+            stop = None  # it trained; where the sweep ended for it is said there
         implementations[name] = {
             "what": what,
             "attn_implementation": attention,
