@@ -131,7 +131,7 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
       problem(q, k, v, mask, lengths, bias, seed, diagonal, scale, drop_threshold, out, lse);
   // Many rows a task make the packing of keys and values cheap; few make the tasks even.
   const int64_t threads = torch::stable::get_num_threads(), matrices = p.batch * p.heads;
-  int64_t rows = 384;
+  int64_t rows = 1536;
   while (rows > 48 && matrices * ceil_div(p.q_length, rows) < 4 * threads) rows /= 2;
   rows = ceil_div(rows, kernel.row_block) * kernel.row_block;
   const int64_t blocks = ceil_div(p.q_length, rows);

@@ -14,21 +14,49 @@ size_t forward_scratch(const AttentionProblem& p, int64_t rows) {
   return static_cast<size_t>(floats * 4 + 16 * 64);
 }
 
+constexpr int ROWS_UP = (ROWS + W - 1) / W * W;
+
+// out[i] = the lanes of rows[i] joined by `join`: a transpose makes it a sum of vectors, all rows at once.
+template <class Join>
+FASTATTN_INLINE void reduce_rows(const vf (&rows)[ROWS_UP], float (&out)[ROWS_UP], const Join& join) {
+  for (int first = 0; first < ROWS; first += W) {
+    vf tile[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) tile[i] = rows[first + i];
+    transpose(tile);
+#pragma GCC unroll 4
+    for (int n = W / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) tile[i] = join(tile[i], tile[i + n]);
+    store(out + first, tile[0]);
+  }
+}
+
 // For the strip's rows: m' = max(m, peak), decay = 2^(m - m'), p = 2^(scores - m'), l = decay · l + Σ p; then
 // p is zeroed where dropout says so (l is not: dropout acts on normalised probabilities).
 template <bool DROP>
 FASTATTN_INLINE void softmax_strip(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query,
-                                   int64_t key, int64_t columns, float* scores, const vf* peak, float* m,
-                                   float* l, float* decay) {
+                                   int64_t key, int64_t columns, float* scores, const vf (&peak)[ROWS_UP],
+                                   float* m, float* l, float (&decay)[ROWS_UP]) {
+  float best[ROWS_UP], before[ROWS_UP] = {}, shift[ROWS_UP];
+  reduce_rows(peak, best, [](vf a, vf b) { return max(a, b); });
+  memcpy(before, m, ROWS * sizeof(float));
+  for (int i = 0; i < ROWS; i += W) {
+    const vf now = max(load(best + i), load(before + i));
+    const vf finite = select(now == -kInf, vf{}, now);
+    store(best + i, now);
+    store(shift + i, finite);
+    store(decay + i, exp2(load(before + i) - finite));
+  }
+  memcpy(m, best, ROWS * sizeof(float));
+
+  vf sum[ROWS_UP] = {};
   for (int i = 0; i < ROWS; ++i) {
-    const float before = m[i], best = horizontal_max(peak[i]);
-    const float now = best > before ? best : before;
-    const float shift = now == -kInf ? 0.0f : now;
     vf sum0{}, sum1{};
     uint32_t numbers[kPhiloxGroup];
     for (int64_t c = 0; c < columns; c += PANEL) {
       float* x = scores + i * LD + c;
-      vf p0 = exp2(load(x) - shift), p1 = exp2(load(x + W) - shift);
+      vf p0 = exp2(load(x) - shift[i]), p1 = exp2(load(x + W) - shift[i]);
       sum0 += p0;
       sum1 += p1;
       if constexpr (DROP) {
@@ -42,10 +70,11 @@ FASTATTN_INLINE void softmax_strip(const AttentionProblem& p, int64_t batch, int
       store(x, p0);
       store(x + W, p1);
     }
-    decay[i] = exp2(broadcast(before - shift))[0];
-    m[i] = now;
-    l[i] = l[i] * decay[i] + horizontal_sum(sum0 + sum1);
+    sum[i] = sum0 + sum1;
   }
+  float total[ROWS_UP];
+  reduce_rows(sum, total, [](vf a, vf b) { return a + b; });
+  for (int i = 0; i < ROWS; ++i) l[i] = l[i] * decay[i] + total[i];
 }
 
 void forward(const AttentionProblem& p, int64_t batch, int64_t head, int64_t first, int64_t rows,
@@ -60,8 +89,8 @@ void forward(const AttentionProblem& p, int64_t batch, int64_t head, int64_t fir
   float* scores = space.floats(ROWS * LD);
   float* m = space.floats(padded);
   float* l = space.floats(padded);
-  float decay[ROWS];
-  vf peak[ROWS];
+  float decay[ROWS_UP];
+  vf peak[ROWS_UP] = {};
 
   with_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);

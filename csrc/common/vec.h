@@ -48,11 +48,6 @@ FASTATTN_INLINE vi lane_index() {
   return x;
 }
 
-FASTATTN_INLINE float horizontal_max(vf x) {
-  float best = x[0];
-  for (int i = 1; i < W; ++i) best = x[i] > best ? x[i] : best;
-  return best;
-}
 FASTATTN_INLINE float horizontal_sum(vf x) {
   float part[W];
   store(part, x);
