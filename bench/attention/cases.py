@@ -18,7 +18,8 @@ class Case:
 
     Attributes:
         passes: ``forward``, ``backward`` or ``both``.
-        mask: ``none``, ``causal``, or ``bool`` (random, [1, 1, L, L], three in four kept).
+        mask: ``none``, ``causal``, ``tril`` (the same as a bool tensor [1, 1, L, L]), or ``bool`` (random, of
+            the same shape, three in four kept).
         peers: names in `PEERS`.
         short: part of the short run.
     """
@@ -45,7 +46,7 @@ class Case:
         """Of the two (forward) and five (backward) matrix products, halved where the mask is causal."""
         matmul = 2 * self.heads * self.length**2 * (self.dim + self.v_dim) / 2
         products = {"forward": 2, "backward": 5, "both": 7}[self.passes]
-        return products * matmul / (2 if self.mask == "causal" else 1)
+        return products * matmul / (2 if self.mask in ("causal", "tril") else 1)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v, the gradient of out, and the bool mask where there is one."""
@@ -56,6 +57,8 @@ class Case:
         mask = None
         if self.mask == "bool":
             mask = torch.rand(1, 1, self.length, self.length, generator=g) < 0.75
+        if self.mask == "tril":
+            mask = torch.ones(1, 1, self.length, self.length, dtype=torch.bool).tril()
         return q, k, v.requires_grad_(), dout, mask
 
 
@@ -69,6 +72,7 @@ CASES = [
     Case("both", 1024, dropout=0.1, short=True),
     Case("both", 4096, dropout=0.1),
     Case("both", 2048, mask="bool", v_dim=32),
+    Case("both", 2048, mask="tril", v_dim=32),
     Case("both", 8192, heads=1),
     Case("both", 4096, peers=("sdpa", "naive")),
     Case("both", 1024, dim=128, v_dim=128),

@@ -85,12 +85,10 @@ FASTATTN_INLINE vf load_scores(const T* x, int64_t column_stride, int64_t n) {
   return load_as_float(part);
 }
 FASTATTN_INLINE vi load_mask(const uint8_t* x, int64_t column_stride, int64_t n) {
+  if (column_stride == 1 && n >= W)
+    return __builtin_convertvector(*reinterpret_cast<const vb_any*>(x), vi) != 0;
   uint8_t part[W] = {};
-  if (column_stride == 1 && n >= W) {
-    memcpy(part, x, W);
-  } else {
-    for (int64_t i = 0; i < min(n, W); ++i) part[i] = x[i * column_stride];
-  }
+  for (int64_t i = 0; i < min(n, W); ++i) part[i] = x[i * column_stride];
   return __builtin_convertvector(*reinterpret_cast<const vb_any*>(part), vi) != 0;
 }
 
@@ -102,14 +100,16 @@ void constrain(const AttentionProblem& p, int64_t batch, int64_t head, int64_t q
   for (int i = 0; i < ROWS; ++i) {
     const int64_t q = min(query + i, p.q_length - 1);  // rows behind the last are computed and dropped
     const int64_t limit = key_limit(p, batch, q) - key;
+    const int64_t there = p.k_length - key;
     for (int64_t c = first; c < end; c += W) {
       vf x = load(scores + i * LD + c);
-      vi keep = lanes < static_cast<int32_t>(limit - c < -1 ? -1 : min(limit - c, W));
-      const int64_t n = p.k_length - key - c;
-      if (n > 0 && p.bias.data)
-        x += load_scores(at<Bias>(p.bias, batch, head, q, key + c), p.bias.column, n) * kLog2e;
-      if (n > 0 && masked) keep &= load_mask(at<uint8_t>(p.mask, batch, head, q, key + c), p.mask.column, n);
-      x = select(keep, x, broadcast(-kInf));
+      if (p.bias.data && c < there)
+        x += load_scores(at<Bias>(p.bias, batch, head, q, key + c), p.bias.column, there - c) * kLog2e;
+      if (masked && c < there) {
+        const vi keep = load_mask(at<uint8_t>(p.mask, batch, head, q, key + c), p.mask.column, there - c);
+        x = select(keep, x, broadcast(-kInf));
+      }
+      if (c + W > limit) x = select(lanes < static_cast<int32_t>(max(limit - c, 0)), x, broadcast(-kInf));
       store(scores + i * LD + c, x);
       peak[i] = max(x, peak[i]);
     }

@@ -71,6 +71,31 @@ def test_compile_fullgraph(backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_compile_with_one_tensor_as_q_k_and_v() -> None:
+    """Dynamo refused the same tensor twice as an input of an autograd function."""
+    torch._dynamo.reset()
+    grads = []
+    for f in (causal, torch.compile(causal, backend="aot_eager", fullgraph=True)):
+        x = qkv()[0]
+        f(x, x, x).square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_compile_with_a_mask_joined_to_a_tensor(turned: bool) -> None:
+    """Dynamo took `mask & tensor` for a torch op that returns no tensor."""
+
+    def f(q, k, v, keep):
+        mask = keep & fastattn.causal() if turned else fastattn.causal() & keep
+        return fastattn.attention(q, k, v, mask=mask)
+
+    torch._dynamo.reset()
+    keep = torch.rand(20, 20) > 0.3
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*qkv(), keep), f(*qkv(), keep))
+
+
 def test_compile_draws_a_fresh_seed_each_call() -> None:
     torch._dynamo.reset()
     f = torch.compile(

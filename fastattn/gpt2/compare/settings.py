@@ -180,13 +180,13 @@ def settings_of(args: argparse.Namespace) -> Settings:
     Raises:
         ValueError: options that do not fit.
     """
-    steps = args.steps or (4 if args.quick else 6)
+    steps = (4 if args.quick else 6) if args.steps is None else args.steps
     minutes = args.time_budget
     if minutes is None and args.steps is None and not args.sweep:
         minutes = 1.7 if args.quick else 11.0
     return Settings(
         size=args.size or ("mini" if args.quick else "gpt2"),
-        context=args.context or 1024,
+        context=1024 if args.context is None else args.context,
         batch=args.batch,
         steps=steps,
         parity_steps=steps if args.steps is not None else 4,

@@ -101,6 +101,11 @@ def attention(
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
     seed = _as_seed(seed, dropout, q.device)
+    # Dynamo takes no tensor twice as an input of an autograd function.
+    if k is q:
+        k = k.view_as(k)
+    if v is q or v is k:
+        v = v.view_as(v)
 
     if chosen == "reference":
         out, lse = reference.attention(q, k, v, problem, bias, float(scale), float(dropout), seed)

@@ -12,7 +12,7 @@ torch.Size([2, 1, 5, 5])
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +51,13 @@ class Mask:
         return Mask(self.diagonal | other.diagonal, lengths, dense)
 
     __rand__ = __and__
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """``mask & tensor`` under `torch.compile`, which takes an operator with a tensor to be torch's."""
+        if func in (Tensor.__and__, Tensor.__rand__, Tensor.bitwise_and):
+            return as_mask(args[0]) & as_mask(args[1])
+        return NotImplemented
 
     def to_dense(
         self,
