@@ -21,6 +21,8 @@ from fastattn import _build
 NAMES: Final = ("cpu", "reference")
 # The C++ kernels' instruction sets and their ids in csrc/common/isa.h, slowest first.
 ISAS: Final = ("scalar", "avx2", "avx512", "wide")
+# CPUs that have the instruction set and on which its kernels have passed the tests.
+TESTED_ON: Final = {"scalar": "AMD Zen 5", "avx2": "AMD Zen 5", "avx512": "AMD Zen 5", "wide": "AMD Zen 5"}
 _WIDE: Final = ISAS.index("wide")  # the 16-lane body on AVX2: for its results, never the default
 
 # Set to one of ISAS it takes the place of FASTATTN_ISA; see `fastattn.testing`.

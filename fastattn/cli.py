@@ -137,8 +137,9 @@ def environment() -> dict[str, Any]:
 
     Returns:
         ``schema`` (int, raised when a key changes its meaning), versions, ``cpu``, ``threads``, ``library``
-        (path, origin, what was tried before, cache), ``isa`` (picked, present), ``backends`` (for each the
-        reasons why it is not here), ``packages`` (version, or None where absent), ``gpus``, ``variables``.
+        (path, origin, what was tried before, cache), ``isa`` (picked, present, the CPU it was tested on),
+        ``backends`` (for each the reasons why it is not here), ``packages`` (version, or None where absent),
+        ``gpus``, ``variables``.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the reasons are printed in full
@@ -148,6 +149,7 @@ def environment() -> dict[str, Any]:
         isa["present"] = list(_backends.isas_present())
         try:
             isa["picked"] = _backends.cpu_isa()
+            isa["tested_on"] = _backends.TESTED_ON[isa["picked"]]
         except ValueError as error:
             isa["error"] = str(error)
     try:
@@ -198,7 +200,8 @@ def _print_environment(as_json: bool) -> int:
     lines += [("", f"tried: {note}") for note in library["notes"]]
     if library["path"]:
         picked = isa["picked"] or f"none: {isa['error']}"
-        lines.append(("isa", f"{picked} (present: {', '.join(isa['present'])})"))
+        tested = f"; {picked} has passed its tests on {isa['tested_on']}" if isa["picked"] else ""
+        lines.append(("isa", f"{picked} (present: {', '.join(isa['present'])}{tested})"))
     for name, reasons in found["backends"].items():
         lines.append((f"backend {name}", f"not here: {'; '.join(reasons)}" if reasons else "here"))
     here = [f"{name} {version}" for name, version in found["packages"].items() if version]

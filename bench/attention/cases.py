@@ -20,7 +20,7 @@ class Case:
         passes: ``forward``, ``backward`` or ``both``.
         mask: ``none``, ``causal``, ``tril`` (the same as a bool tensor [1, 1, L, L]), or ``bool`` (random, of
             the same shape, three in four kept).
-        peers: names in `PEERS`.
+        peers: names in `IMPLEMENTATIONS`.
         short: part of the short run.
     """
 
@@ -49,7 +49,7 @@ class Case:
         return products * matmul / (2 if self.mask in ("causal", "tril") else 1)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """q, k, v, the gradient of out, and the bool mask where there is one."""
+        """q, k, v, the gradient of out, and the bool mask where one is needed."""
         g = torch.Generator().manual_seed(0)
         shape = (1, self.heads, self.length)
         q, k = (torch.randn(*shape, self.dim, generator=g).to(self.dtype).requires_grad_() for _ in range(2))
@@ -57,7 +57,7 @@ class Case:
         mask = None
         if self.mask == "bool":
             mask = torch.rand(1, 1, self.length, self.length, generator=g) < 0.75
-        if self.mask == "tril":
+        if self.mask == "tril" or (self.mask == "causal" and "naive" in self.peers):
             mask = torch.ones(1, 1, self.length, self.length, dtype=torch.bool).tril()
         return q, k, v.requires_grad_(), dout, mask
 
@@ -83,25 +83,23 @@ Attention = Callable[[Tensor, Tensor, Tensor, Case, Tensor | None], Tensor]
 
 def ours(q: Tensor, k: Tensor, v: Tensor, case: Case, mask: Tensor | None) -> Tensor:
     """`fastattn.attention`."""
-    found = fastattn.attention(
-        q, k, v, mask=fastattn.causal() if case.mask == "causal" else mask, dropout=case.dropout
-    )
+    keep = fastattn.causal() if case.mask == "causal" else mask
+    found = fastattn.attention(q, k, v, mask=keep, dropout=case.dropout)
     assert isinstance(found, Tensor)
     return found
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, case: Case, mask: Tensor | None) -> Tensor:
     """torch's, on the kernel it picks itself."""
+    causal = case.mask == "causal"
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=case.dropout, is_causal=case.mask == "causal"
+        q, k, v, attn_mask=None if causal else mask, dropout_p=case.dropout, is_causal=causal
     )
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, case: Case, mask: Tensor | None) -> Tensor:
-    """Softmax of a matrix of scores, as a model's eager attention writes it."""
+    """Softmax of a matrix of scores, as a model's eager attention writes it; the mask is made beforehand."""
     scores = q @ k.transpose(-1, -2) / case.dim**0.5
-    if case.mask == "causal":
-        mask = torch.ones(case.length, case.length, dtype=torch.bool).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return F.dropout(torch.softmax(scores, -1), case.dropout) @ v

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,10 +42,17 @@ def isa_of(name: str) -> str:
 
 
 def check(case: Case) -> None:
-    """Refuse to time a wrong result: against float64, on the case's mask, dtype and head sizes."""
-    small = Case(**{**case.__dict__, "length": 300, "heads": 2})
+    """Refuse to time a wrong result: ours against float64 on the case's mask, dtype and head sizes; and, where
+    nothing is random, the peers' against ours."""
+    small = replace(case, length=300, heads=2)
     q, k, v, _, mask = small.tensors()
     keep = fastattn.causal() if case.mask == "causal" else mask
+    if case.dropout == 0:
+        tolerance = 32 * torch.finfo(case.dtype).eps
+        want = IMPLEMENTATIONS["fastattn"](q, k, v, small, mask)
+        for name in case.peers:
+            found = IMPLEMENTATIONS[name](q, k, v, small, mask)
+            torch.testing.assert_close(found, want, atol=tolerance, rtol=tolerance)
     assert_within_budget(attention_errors(q, k, v, mask=keep, dropout=case.dropout, seed=1, backend="cpu"))
 
 

@@ -39,9 +39,13 @@ Dtype dtype_of(const Tensor& x) {
   }
 }
 
-Rows rows(const Tensor& x, const Tensor& q) {
+// `x`, a [B, H, L, D] of the shape of `like` and of q's dtype.
+Rows rows(const Tensor& x, const Tensor& like, const Tensor& q) {
   STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu(), "expected 4 dimensions on cpu");
   STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), "expected q's dtype");
+  for (int64_t i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(x.size(i) == like.size(i), "dimension ", i, ": expected ", like.size(i), ", got ",
+                    x.size(i));
   STD_TORCH_CHECK(x.stride(3) == 1 || x.size(3) == 1 || x.numel() == 0, "expected a unit last stride, got ",
                   x.stride(3));
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
@@ -66,7 +70,7 @@ AttentionProblem problem(const Tensor& q, const Tensor& k, const Tensor& v, cons
                          const Tensor& out, const Tensor& lse) {
   AttentionProblem p{};
   p.dtype = dtype_of(q);
-  p.q = rows(q, q), p.k = rows(k, q), p.v = rows(v, q), p.out = rows(out, q);
+  p.q = rows(q, q, q), p.k = rows(k, k, q), p.v = rows(v, v, q), p.out = rows(out, out, q);
   p.batch = q.size(0), p.heads = q.size(1), p.q_length = q.size(2), p.qk_dim = q.size(3);
   p.kv_heads = k.size(1), p.k_length = k.size(2), p.v_dim = v.size(3);
   STD_TORCH_CHECK(k.size(0) == p.batch && k.size(3) == p.qk_dim && p.kv_heads > 0 &&
@@ -74,7 +78,7 @@ AttentionProblem problem(const Tensor& q, const Tensor& k, const Tensor& v, cons
                       v.size(2) == p.k_length,
                   "k or v does not fit q");
   STD_TORCH_CHECK(out.size(0) == p.batch && out.size(1) == p.heads && out.size(2) == p.q_length &&
-                      out.size(3) == p.v_dim && lse.is_contiguous() &&
+                      out.size(3) == p.v_dim && lse.is_cpu() && lse.is_contiguous() &&
                       lse.numel() == p.batch * p.heads * p.q_length && lse.scalar_type() == ScalarType::Float,
                   "out or lse does not fit q and v");
   p.lse = static_cast<float*>(lse.data_ptr());
@@ -108,7 +112,7 @@ struct Statistics {
 };
 Statistics row_statistics(const AttentionKernels& kernel, const AttentionProblem& p, AttentionGradients& g,
                           const Tensor& lse, const OptionalTensor& dlse) {
-  STD_TORCH_CHECK(!dlse || (dlse->is_contiguous() && dlse->numel() == lse.numel() &&
+  STD_TORCH_CHECK(!dlse || (dlse->is_cpu() && dlse->is_contiguous() && dlse->numel() == lse.numel() &&
                             dlse->scalar_type() == ScalarType::Float),
                   "dlse does not fit lse");
   Statistics s{torch::stable::empty_like(lse), torch::stable::empty_like(lse)};
@@ -152,7 +156,7 @@ void attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Te
   const AttentionProblem p =
       problem(q, k, v, mask, lengths, bias, seed, diagonal, scale, drop_threshold, out, lse);
   AttentionGradients g{};
-  g.dout = rows(dout, q), g.dq = rows(dq, q), g.dk = rows(dk, q), g.dv = rows(dv, q);
+  g.dout = rows(dout, out, q), g.dq = rows(dq, q, q), g.dk = rows(dk, k, q), g.dv = rows(dv, v, q);
   const Statistics statistics = row_statistics(kernel, p, g, lse, dlse);
 
   const int64_t matrices = p.batch * p.heads, query_blocks = ceil_div(p.q_length, kernel.query_block);
@@ -185,7 +189,7 @@ void attention_bias_backward(const Tensor& dout, const OptionalTensor& dlse, con
                       dbias.numel() == bias->numel(),
                   "dbias: expected contiguous float32 of bias's shape");
   AttentionGradients g{};
-  g.dout = rows(dout, q);
+  g.dout = rows(dout, out, q);
   const Statistics statistics = row_statistics(kernel, p, g, lse, dlse);
   g.dbias = static_cast<float*>(dbias.data_ptr());
   g.bias_batch = bias->size(0), g.bias_heads = bias->size(1);
@@ -208,11 +212,11 @@ int64_t isa_mask() {
 double fma_loop(int64_t steps, int64_t isa) {
   const AttentionKernels& kernel = kernels(isa);
   const int64_t threads = torch::stable::get_num_threads();
-  std::atomic<double> total{0.0};
+  std::atomic<int64_t> total{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) total.fetch_add(kernel.fma_loop(steps));
+    for (int64_t i = begin; i < end; ++i) total.fetch_add(static_cast<int64_t>(kernel.fma_loop(steps)));
   });
-  return total;
+  return static_cast<double>(total.load());
 }
 
 }  // namespace fastattn

@@ -46,15 +46,17 @@ KeyBlock pack_keys(const AttentionProblem& p, int64_t batch, int64_t kv_head, in
   KeyBlock b{batch, kv_head, block * key_block(p), 0, 0, nullptr, nullptr, nullptr};
   b.count = min(key_block(p), p.k_length - b.first);
   b.padded = round_up(b.count, PANEL);
+  // Padding keys are zeros here: what lies in their memory may be NaN, and 0 · NaN is not 0.
+  const int64_t real = p.lengths ? min(max(p.lengths[batch] - b.first, 0), b.count) : b.count;
   b.kt = space.floats(b.padded * p.qk_dim);
   b.vt = space.floats(b.padded * p.v_dim);
   b.k = space.floats(b.padded * round_up(p.qk_dim, PANEL));
   with_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
     const T *k = row<T>(p.k, batch, kv_head, b.first), *v = row<T>(p.v, batch, kv_head, b.first);
-    pack_transposed(k, p.k.row, b.count, b.padded, p.qk_dim, b.kt);
-    pack_transposed(v, p.v.row, b.count, b.padded, p.v_dim, b.vt);
-    pack_rows(k, p.k.row, b.count, b.padded, p.qk_dim, 1.0f, b.k);
+    pack_transposed(k, p.k.row, real, b.padded, p.qk_dim, b.kt);
+    pack_transposed(v, p.v.row, real, b.padded, p.v_dim, b.vt);
+    pack_rows(k, p.k.row, real, b.padded, p.qk_dim, 1.0f, b.k);
   });
   return b;
 }
@@ -77,7 +79,8 @@ FASTATTN_INLINE void gradient_row(const AttentionProblem& p, int64_t batch, int6
   const float keep = 65536.0f / static_cast<float>(65536 - p.drop_threshold);
   uint32_t numbers[kPhiloxGroup];
   for (int64_t c = 0; c < columns; c += W) {
-    const vf prob = exp2(load(pz + c) - log2_sum);
+    // A probability is at most 1, however lse was rounded (it is large where a bias is).
+    const vf below = load(pz + c) - log2_sum, prob = exp2(select(below > 0.0f, vf{}, below));
     vf dp = load(ds + c), kept_prob = prob;
     if constexpr (DROP) {
       if (c % kPhiloxGroup == 0)
@@ -150,8 +153,10 @@ void backward_rows(const AttentionProblem& p, const AttentionGradients& g, int64
       for (int64_t d = 0; d < p.v_dim; d += W)
         sum += load_as_float(out + d, p.v_dim - d) * load_as_float(dout + d, p.v_dim - d);
       const float lse = p.lse[base + r];
-      g.delta[base + r] = horizontal_sum(sum) - (g.dlse ? g.dlse[base + r] : 0.0f);
-      g.log2_sum[base + r] = lse == -kInf ? kInf : lse * kLog2e;
+      // An empty row's gradients are 0 whatever reaches its lse of -inf.
+      const bool empty = lse == -kInf;
+      g.delta[base + r] = empty ? 0.0f : horizontal_sum(sum) - (g.dlse ? g.dlse[base + r] : 0.0f);
+      g.log2_sum[base + r] = empty ? kInf : lse * kLog2e;
     }
   });
 }

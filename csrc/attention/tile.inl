@@ -12,6 +12,7 @@ typedef uint8_t vb __attribute__((vector_size(W)));
 typedef uint8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
 
 constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kMaxFloat = 3.4028234664e38f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
 constexpr int64_t kMaxKeyBlock = 256;
@@ -103,8 +104,12 @@ void constrain(const AttentionProblem& p, int64_t batch, int64_t head, int64_t q
     const int64_t there = p.k_length - key;
     for (int64_t c = first; c < end; c += W) {
       vf x = load(scores + i * LD + c);
-      if (p.bias.data && c < there)
-        x += load_scores(at<Bias>(p.bias, batch, head, q, key + c), p.bias.column, there - c) * kLog2e;
+      if (p.bias.data && c < there) {
+        const vf b = load_scores(at<Bias>(p.bias, batch, head, q, key + c), p.bias.column, there - c);
+        // The most negative finite bias stays finite in base 2: it is no mask.
+        x += select(b == -kInf, b, max(broadcast(-kMaxFloat), b * kLog2e));
+        x = select(b == -kInf, x, max(broadcast(-kMaxFloat), x));
+      }
       if (masked && c < there) {
         const vi keep = load_mask(at<uint8_t>(p.mask, batch, head, q, key + c), p.mask.column, there - c);
         x = select(keep, x, broadcast(-kInf));

@@ -47,6 +47,8 @@ class Errors(NamedTuple):
 
 def assert_within_budget(errors: list[Errors]) -> None:
     """Raise AssertionError naming every tensor whose error is over its budget (NaN is over any)."""
+    unfit = [e.name for e in errors if not math.isfinite(e.plain)]
+    assert not unfit, f"plain PyTorch's own error is not finite, so there is no budget: {unfit}"
     over = [e for e in errors if not e.ours <= e.budget]
     assert not over, "; ".join(f"{e.name}: error {e.ours:.3e} over budget {e.budget:.3e}" for e in over)
 

@@ -209,13 +209,56 @@ def test_empty_rows_are_zero_with_gradient_zero(backend: str) -> None:
 
 
 def test_keys_behind_the_length_are_never_read(backend: str) -> None:
-    q, k, v = qkv(2, (2, 2), (20, 300), (8, 8))
-    mask = fastattn.key_padding(torch.tensor([150, 299]))
-    want = fastattn.attention(q, k, v, mask=mask, backend=backend)
+    """Not in backward either, where NaN behind a length came into dq and dk."""
     if backend == "reference":
         pytest.skip("plain PyTorch multiplies masked values by 0")
-    k[0, :, 150:] = v[0, :, 150:] = float("nan")
-    torch.testing.assert_close(fastattn.attention(q, k, v, mask=mask, backend=backend), want, atol=0, rtol=0)
+    mask = fastattn.key_padding(torch.tensor([150, 299]))
+    results = []
+    for padding in (0.0, float("nan")):
+        q, k, v = qkv(2, (2, 2), (20, 300), (8, 8))
+        k[0, :, 150:] = v[0, :, 150:] = padding
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = fastattn.attention(*leaves, mask=mask, backend=backend)
+        out.square().sum().backward()
+        results.append([out.detach(), *(x.grad for x in leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_most_negative_finite_bias_is_no_mask(backend: str, dtype: torch.dtype) -> None:
+    """It overflowed to -inf in base 2, and a row full of it counted as empty."""
+    q, k, v = (x.requires_grad_() for x in qkv(1, (2, 2), (20, 40), (8, 8)))
+    bias = torch.full((1, 1, 20, 40), torch.finfo(dtype).min, dtype=dtype)
+    bias[..., 10:, 3:9] = 0
+    out = fastattn.attention(q, k, v, bias=bias, backend=backend)
+    want = torch.softmax((q.detach() @ k.detach().transpose(-1, -2)) / 8**0.5 + bias.float(), -1) @ v.detach()
+    torch.testing.assert_close(out.detach(), want, atol=2e-6, rtol=1e-5)
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+def test_an_empty_row_has_gradient_zero_whatever_reaches_its_lse(backend: str) -> None:
+    """Merging partial results squares or exponentiates an lse of -inf: 0 · inf was NaN in dq and dk."""
+    q, k, v = (x.requires_grad_() for x in qkv(1, (2, 2), (20, 30), (8, 8)))
+    keep = torch.ones(20, 30, dtype=torch.bool)
+    keep[4] = False
+    out, lse = fastattn.attention(q, k, v, mask=keep, return_lse=True, backend=backend)
+    (out.sum() + torch.logaddexp(lse, lse).exp().sum()).backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+    assert (q.grad[:, :, 4] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF, torch.float64], ids=str)
+def test_bias_of_another_dtype_and_layout(backend: str, dtype: torch.dtype) -> None:
+    q, k, v = qkv(2, (2, 2), (70, 300), (24, 32))
+    bias = torch.randn(300, 70, generator=torch.Generator().manual_seed(6)).to(dtype).t()
+    for some in (bias[None, None], bias[None, None].expand(2, 2, -1, -1), bias[None, None, :, ::2]):
+        columns = some.shape[3]
+        options = {"bias": some.float(), "backend": backend}
+        found = fastattn.attention(q, k[:, :, :columns], v[:, :, :columns], bias=some, backend=backend)
+        want = fastattn.attention(q, k[:, :, :columns], v[:, :, :columns], **options)
+        torch.testing.assert_close(found, want)
 
 
 def test_nan_comes_through(backend: str) -> None:

@@ -44,13 +44,18 @@ BAD = {
     "mask shape": (lambda: attention(q, kv, kv, mask=t(5, 6, dtype=torch.bool)), ValueError, r"mask: .*\[2, 4, 5, 7\], got \[1, 1, 5, 6\]"),
     "mask rank": (lambda: attention(q, kv, kv, mask=t(1, 1, 1, 5, 7, dtype=torch.bool)), ValueError, "mask: expected a shape"),
     "mask device": (lambda: attention(q, kv, kv, mask=t(5, 7, dtype=torch.bool, device="meta")), ValueError, "mask: expected q's device"),
-    "bias dtype": (lambda: attention(q, kv, kv, bias=t(1, 1, 5, 7, dtype=torch.bool)), TypeError, "bias: expected a floating tensor.* mask="),
+    "bias dtype": (lambda: attention(q, kv, kv, bias=t(1, 1, 5, 7, dtype=torch.bool)), TypeError, "bias: expected float32.* mask="),
     "bias rank": (lambda: attention(q, kv, kv, bias=t(5, 7)), ValueError, r"bias: expected 4 dimensions .* got \[5, 7\]"),
     "bias shape": (lambda: attention(q, kv, kv, bias=t(1, 3, 5, 7)), ValueError, r"bias: .* got \[1, 3, 5, 7\]"),
     "align": (lambda: fastattn.causal("left"), ValueError, "align.* got 'left'"),
     "lengths dtype": (lambda: fastattn.key_padding(t(2)), TypeError, "lengths.*got torch.float32"),
     "lengths bool": (lambda: fastattn.key_padding(t(2, dtype=torch.bool)), TypeError, "lengths.*got torch.bool"),
     "lengths rank": (lambda: fastattn.key_padding(t(2, 7, dtype=torch.long)), ValueError, r"lengths.* got \[2, 7\]"),
+    "lengths over": (lambda: attention(q, kv, kv, mask=fastattn.key_padding(torch.tensor([7, 8]))), ValueError, r"values from 0 to 7 .* got \[7, 8\]"),
+    "lengths below": (lambda: attention(q, kv, kv, mask=fastattn.key_padding(torch.tensor([-1, 7]))), ValueError, r"got \[-1, 7\]"),
+    "lengths and lengths": (lambda: fastattn.key_padding(torch.tensor([1])) & fastattn.key_padding(torch.tensor([1, 2])), ValueError, "same batch"),
+    "float seed": (lambda: attention(q, kv, kv, dropout=0.1, seed=1.7), TypeError, "seed: expected an int.* got 1.7"),
+    "float8 bias": (lambda: attention(q, kv, kv, bias=t(1, 1, 5, 7).to(torch.float8_e4m3fn)), TypeError, "bias: expected float32"),
     "lengths batch": (lambda: attention(q, kv, kv, mask=fastattn.key_padding(torch.tensor([1, 2, 3]))), ValueError, "expected 2 lengths .* got 3"),
 }  # fmt: skip
 
@@ -76,6 +81,28 @@ def test_explain_says_what_runs_and_why_not_the_others() -> None:
     assert found.backend is None and "float64" in found.reasons["cpu"][0]
     with pytest.raises(ValueError, match="head_dim"):
         fastattn.explain(q, t(2, 4, 7, 9), kv)
+
+
+def test_explain_draws_no_random_number() -> None:
+    """A debugging print changed what was dropped afterwards."""
+    before = torch.get_rng_state()
+    fastattn.explain(q, kv, kv, dropout=0.5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_autocast_makes_no_floats_of_integers() -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="q: expected float32"):
+        attention(q.long(), kv, kv)
+
+
+def test_the_raw_op_checks_sizes() -> None:
+    """A dout shorter than out was read past its end."""
+    if fastattn.explain(q, kv, kv).backend != "cpu":
+        pytest.skip("the C++ library is not here")
+    problem = (None, None, None, None, 0, 1.0, 0.0, "cpu")
+    out, lse = torch.ops.fastattn.attention_forward(q, kv, kv, *problem)
+    with pytest.raises(RuntimeError, match="dimension 2: expected 5, got 2"):
+        torch.ops.fastattn.attention_backward(out[:, :, :2], None, q, kv, kv, out, lse, *problem)
 
 
 def test_explain_names_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,11 +207,42 @@ def test_vmap_of_grad() -> None:
             torch.testing.assert_close(a[i], b)
 
 
-def test_a_second_derivative_is_an_error() -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("in_dims", [(0, 0, 0, 0), (0, None, None, None), (0, 0, None, 1)], ids=str)
+def test_vmap_of_grad_with_bias(in_dims: tuple, batch: int) -> None:
+    def loss(q, k, v, bias):
+        mask = fastattn.key_padding(torch.tensor([9, 4][:batch])) & fastattn.causal()
+        return fastattn.attention(q, k, v, bias=bias, mask=mask).square().sum()
+
+    make = lambda d, *shape: torch.randn(*shape[:d], 3, *shape[d:]) if d is not None else torch.randn(shape)  # noqa: E731
+    q, k, v = (make(d, batch, 2, 9, 8) for d in in_dims[:3])
+    bias = make(in_dims[3], 1, 2, 9, 9)
+    per_sample = torch.func.grad(loss, argnums=(0, 1, 2, 3))
+    found = torch.vmap(per_sample, in_dims)(q, k, v, bias)
+    pick = lambda x, d, i: x if d is None else x.select(d, i)  # noqa: E731
+    for i in range(3):
+        want = per_sample(*(pick(x, d, i) for x, d in zip((q, k, v, bias), in_dims, strict=True)))
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+def test_vmap_with_dropout_is_an_error() -> None:
+    """Folded into the batch, a sample would drop other elements forward than backward drops alone."""
+    q = torch.randn(3, 1, 2, 9, 8)
+    with pytest.raises(NotImplementedError, match="vmap expects dropout 0"):
+        torch.vmap(lambda q: fastattn.attention(q, q, q, dropout=0.5, seed=1))(q)
+
+
+@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["linear", "square"])
+def test_a_second_derivative_is_an_error(loss) -> None:
+    """It was 0, unnoticed, where the gradient of out does not depend on q."""
     q, k, v = qkv()
-    (grad,) = torch.autograd.grad(causal(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    (grad,) = torch.autograd.grad(loss(causal(q, k, v)), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (grad.square().sum() + q.sum()).backward()
+    inner = torch.func.grad(lambda q: loss(causal(q, k.detach(), v.detach())))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.func.grad(lambda q: inner(q).square().sum())(q.detach())
 
 
 def test_profiler_names_the_ops() -> None:

@@ -62,8 +62,10 @@ def attention(
         v: ``[B, H_kv, L_k, D_v]``, q's dtype.
         mask: `causal()`, `key_padding(lengths)`, a bool tensor broadcastable to ``[B, H, L_q, L_k]``
             (True = may attend), these joined by ``&``, or None.
-        bias: added to the scaled scores; any floating dtype, broadcastable to ``[B, H, L_q, L_k]`` with
-            as many dimensions. Gets a gradient of its own shape, the same on every run.
+        bias: added to the scaled scores; float32, bfloat16, float16 or float64, broadcastable to
+            ``[B, H, L_q, L_k]`` with as many dimensions. Gets a gradient of its own shape, the same on every
+            run. -inf masks. Where all of a row's biases are below -1e6, lse and with it the gradients lose
+            the digits that float32 does not have.
         scale: factor on q kᵀ; ``1 / sqrt(D)`` if None.
         dropout: probability in [0, 1) with which a probability is zeroed, in steps of 1/65,536. It is applied
             whenever it is not 0: pass 0.0 in evaluation.
@@ -157,7 +159,7 @@ def explain(
     """
     q, k, v = _autocast(q, k, v)
     _check(q, k, v, as_mask(mask), bias, dropout)
-    _as_seed(seed, dropout, q.device)
+    _check_seed(seed, q.device)
     reasons = {name: _unsupported(name, q, k, v) for name in _backends.NAMES}
     if backend is not None:
         _check_name(backend)
@@ -177,7 +179,10 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     device = q.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+        # As torch's own autocast: only floating tensors, and not float64.
+        q, k, v = (
+            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v)
+        )
     return q, k, v
 
 
@@ -222,16 +227,31 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, dro
             )
         if mask.lengths.device != q.device:
             raise ValueError(f"key_padding(lengths): expected device {q.device}, got {mask.lengths.device}")
+        _check_lengths(mask.lengths, k_length)
     if bias is not None:
-        if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        if not isinstance(bias, Tensor) or bias.dtype not in _DTYPES:
             got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
-            raise TypeError(f"bias: expected a floating tensor, got {got} (a bool tensor is passed as mask=)")
+            raise TypeError(
+                f"bias: expected float32, bfloat16, float16 or float64, got {got} "
+                "(a bool tensor is passed as mask=)"
+            )
         if bias.dim() != 4:
             raise ValueError(
                 f"bias: expected 4 dimensions broadcastable to {list(full)}, got {list(bias.shape)}"
             )
         _check_broadcast("bias", bias, full, q.device)
     return Mask(mask.diagonal, mask.lengths, dense)
+
+
+def _check_lengths(lengths: Tensor, k_length: int) -> None:
+    """Raise for lengths out of range where reading them is free: plain tensors in CPU memory."""
+    if torch.compiler.is_compiling() or type(lengths) is not Tensor or lengths.device.type != "cpu":
+        return
+    if torch._C._functorch.is_batchedtensor(lengths):
+        return
+    given = lengths.tolist()
+    if any(not 0 <= n <= k_length for n in given):
+        raise ValueError(f"key_padding(lengths): expected values from 0 to {k_length} (L_k), got {given}")
 
 
 def _check_broadcast(name: str, x: Tensor, full: tuple[int, ...], device: torch.device) -> None:
@@ -241,18 +261,26 @@ def _check_broadcast(name: str, x: Tensor, full: tuple[int, ...], device: torch.
         raise ValueError(f"{name}: expected q's device {device}, got {x.device}")
 
 
-def _as_seed(seed: int | Tensor | None, dropout: float, device: torch.device) -> Tensor | None:
+def _check_seed(seed: int | Tensor | None, device: torch.device) -> None:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
             raise ValueError(
                 f"seed: expected an int64 tensor [1] on {device}, "
                 f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
             )
-        return seed.reshape(1) if dropout > 0 else None
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed: expected an int in [0, 2^63), got {seed}")
+    elif seed is not None:
+        if isinstance(seed, float):
+            raise TypeError(f"seed: expected an int or an int64 tensor, got {seed}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed: expected an int in [0, 2^63), got {seed}")
+
+
+def _as_seed(seed: int | Tensor | None, dropout: float, device: torch.device) -> Tensor | None:
+    _check_seed(seed, device)
     if dropout == 0:
         return None
+    if isinstance(seed, Tensor):
+        return seed.reshape(1)
     if seed is None:
         return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
     return torch.full((1,), seed, dtype=torch.int64, device=device)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 _PROBLEM = (
@@ -111,8 +110,15 @@ def _backward_flops(
     return _attention_flops(5, q, k, v)
 
 
+@register_flop_formula(torch.ops.fastattn.attention_bias_backward)
+def _bias_backward_flops(
+    dout: Any, dlse: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return _attention_flops(2, q, k, v)
+
+
 class Attention(torch.autograd.Function):
-    """Gradient of `fastattn::attention_forward`; once differentiable, a second derivative raises."""
+    """Gradient of `fastattn::attention_forward`."""
 
     @staticmethod
     def forward(
@@ -140,7 +146,6 @@ class Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, mask, lengths, bias, seed = ctx.saved_tensors
         if dout is None:
@@ -148,46 +153,90 @@ class Attention(torch.autograd.Function):
         problem = (dout, dlse, q, k, v, out, lse, mask, lengths, bias, seed, *ctx.options)
         dq = dk = dv = dbias = None
         if any(ctx.needs_input_grad[:3]):
-            dq, dk, dv = torch.ops.fastattn.attention_backward(*problem)
+            dq, dk, dv = _gradient(torch.ops.fastattn.attention_backward, problem)
         if ctx.needs_input_grad[5]:
-            dbias = torch.ops.fastattn.attention_bias_backward(*problem)
+            dbias = _gradient(torch.ops.fastattn.attention_bias_backward, problem)
         return dq, dk, dv, None, None, dbias, None, None, None, None, None
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], *inputs: Any
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, tuple[int, int]]:
         """Fold the mapped axis into the batch."""
-        size = info.batch_size
-        q, k, v, mask, lengths, bias, seed = inputs[:7]
-        if in_dims[6] is not None:
-            raise NotImplementedError("fastattn.attention: vmap over the dropout seed is not supported")
-        inner = q.shape[0] if in_dims[0] is None else q.movedim(in_dims[0], 0).shape[1]
-
-        def fold(x: Tensor | None, dim: int | None, whole: bool) -> Tensor | None:
-            if x is None:
-                return None
-            if dim is None:
-                if not whole and x.shape[0] == 1:
-                    return x  # broadcasts over the folded batch as it did over the batch
-                x = x.expand(size, *x.shape)
-            else:
-                x = x.movedim(dim, 0)
-                if not whole and x.shape[1] == 1:
-                    x = x.expand(size, inner, *x.shape[2:])
-            return x.flatten(0, 1)
-
-        folded = (
-            fold(q, in_dims[0], True),
-            fold(k, in_dims[1], True),
-            fold(v, in_dims[2], True),
-            fold(mask, in_dims[3], False),
-            fold(lengths, in_dims[4], True),
-            fold(bias, in_dims[5], False),
-            seed,
-        )
+        fold = _Fold(info.batch_size, inputs[0], in_dims[0], dropout=inputs[9])
+        folded = fold.tensors(inputs[:7], in_dims, broadcast=(3, 5))
         out, lse = Attention.apply(*folded, *inputs[7:])
-        return (out.unflatten(0, (size, inner)), lse.unflatten(0, (size, inner))), (0, 0)
+        return (fold.undo(out), fold.undo(lse)), (0, 0)
+
+
+class Gradient(torch.autograd.Function):
+    """A backward op, which has no derivative: taking one raises, where it would be 0 unnoticed."""
+
+    @staticmethod
+    def forward(op: Any, *problem: Any) -> Any:
+        return op(*problem)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "fastattn.attention has no second derivative on this backend; backend='reference' has every one"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], op: Any, *problem: Any) -> tuple[Any, Any]:
+        """Fold the mapped axis into the batch."""
+        fold = _Fold(info.batch_size, problem[2], in_dims[3], dropout=problem[13])
+        wants_bias = op is torch.ops.fastattn.attention_bias_backward
+        # A bias shared by the samples of a batch still has a gradient for each mapped one.
+        broadcast = (7,) if wants_bias else (7, 9)
+        found = Gradient.apply(op, *fold.tensors(problem[:11], in_dims[1:], broadcast), *problem[11:])
+        if not wants_bias:
+            return tuple(fold.undo(x) for x in found), (0, 0, 0)
+        dbias = fold.undo(found)
+        bias, dim = problem[9], in_dims[10]
+        shared = (bias if dim is None else bias.select(dim, 0)).shape[0] == 1
+        return (dbias.sum(1, keepdim=True) if shared and fold.batch > 1 else dbias), 0
+
+
+def _gradient(op: Any, problem: tuple[Any, ...]) -> Any:
+    # Compiled graphs have no second derivative, and say so.
+    return op(*problem) if torch.compiler.is_compiling() else Gradient.apply(op, *problem)
+
+
+class _Fold:
+    """Puts vmap's mapped axis into the batch of every tensor of a problem, and takes it out again."""
+
+    def __init__(self, size: int, q: Tensor, q_dim: int | None, dropout: float) -> None:
+        if dropout > 0:
+            raise NotImplementedError(
+                "fastattn.attention: vmap expects dropout 0 (dropout is keyed by the position in the batch), "
+                f"got {dropout}; fold the mapped axis into the batch yourself"
+            )
+        self.size = size
+        self.batch = q.shape[0] if q_dim is None else q.movedim(q_dim, 0).shape[1]
+
+    def tensors(
+        self, inputs: Sequence[Tensor | None], dims: Sequence[int | None], broadcast: Sequence[int]
+    ) -> list[Tensor | None]:
+        """All folded; those at the places `broadcast` may keep a batch of 1 that no mapped axis touches."""
+        return [
+            None if x is None else self._one(x, dim, i in broadcast)
+            for i, (x, dim) in enumerate(zip(inputs, dims, strict=False))
+        ]
+
+    def _one(self, x: Tensor, dim: int | None, may_broadcast: bool) -> Tensor:
+        if dim is None:
+            if may_broadcast and x.shape[0] == 1:
+                return x
+            x = x.expand(self.size, *x.shape)
+        else:
+            x = x.movedim(dim, 0)
+        return x.expand(self.size, self.batch, *x.shape[2:]).flatten(0, 1)
+
+    def undo(self, x: Tensor) -> Tensor:
+        return x.reshape(self.size, self.batch, *x.shape[1:])
 
 
 # `apply` asks for this signature on every call; kept here it is not made anew each time (40 µs of 60).

@@ -45,6 +45,11 @@ class Mask:
         other = as_mask(other)
         lengths, dense = self.lengths, self.dense
         if other.lengths is not None:
+            if lengths is not None and lengths.shape != other.lengths.shape:
+                raise ValueError(
+                    f"key_padding(lengths) & key_padding(lengths): expected the same batch, "
+                    f"got {list(lengths.shape)} and {list(other.lengths.shape)}"
+                )
             lengths = other.lengths if lengths is None else torch.minimum(lengths, other.lengths)
         if other.dense is not None:
             dense = other.dense if dense is None else dense & other.dense
@@ -130,8 +135,9 @@ def key_padding(lengths: Tensor) -> Mask:
     """Each sequence of the batch has its own number of keys; those behind it are padding.
 
     Args:
-        lengths: integer tensor ``[B]``, 0 <= lengths <= L_k (values are clamped to that by every backend:
-            reading them to raise would stop a GPU's queue).
+        lengths: integer tensor ``[B]``, 0 <= lengths <= L_k. On CPU, outside of `torch.compile` and `vmap`,
+            `attention` raises for others; elsewhere, where reading them would stop the queue or break the
+            graph, every backend takes the nearest that fits.
 
     Returns:
         A mask.

@@ -87,7 +87,8 @@ def _probabilities(
     q: Tensor, k: Tensor, lse: Tensor, keep: Tensor | None, bias: Tensor | None, scale: float
 ) -> Tensor:
     """``[B, H, L_q, L_k]`` in float32 or wider."""
-    scores = torch.matmul(q, k.transpose(-1, -2)).to(lse.dtype) * scale
+    # The scores in lse's precision: rounded to half they would not add up to 1 against it.
+    scores = torch.matmul(q.to(lse.dtype), k.to(lse.dtype).transpose(-1, -2)) * scale
     if bias is not None:
         scores = scores + bias.to(lse.dtype)
     if keep is not None:
