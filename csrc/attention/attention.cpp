@@ -136,7 +136,9 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
   // Many rows a task make the packing of keys and values cheap; few make the tasks even.
   const int64_t threads = torch::stable::get_num_threads(), matrices = p.batch * p.heads;
   int64_t rows = 1536;
-  while (rows > 48 && matrices * ceil_div(p.q_length, rows) < 4 * threads) rows /= 2;
+  const auto tasks = [&] { return matrices * ceil_div(p.q_length, rows); };
+  while (rows > 48 && tasks() < 4 * threads) rows /= 2;
+  while (rows > 12 && tasks() < threads) rows /= 2;  // rather dear packing than an idle thread
   rows = ceil_div(rows, kernel.row_block) * kernel.row_block;
   const int64_t blocks = ceil_div(p.q_length, rows);
   // Under a causal mask the last rows have the most keys: longest first.
