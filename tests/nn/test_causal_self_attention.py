@@ -100,6 +100,9 @@ def test_both_signatures_are_one():
         ((GPTConfig(),), {"bias": True}, TypeError, "got both"),
         ((25, 3), {}, ValueError, "multiple of n_head=3, got 25"),
         ((24, 0), {}, ValueError, "n_head=0"),
+        ((24, 3), {"dropout": 1.0}, ValueError, r"dropout: expected .* in \[0, 1\), got 1.0"),
+        ((24, 3), {"dropout": -0.1}, ValueError, r"got -0.1"),
+        ((GPTConfig(dropout=1.0),), {}, ValueError, r"got 1.0"),
     ],
 )
 def test_errors(arguments, options, error, message):

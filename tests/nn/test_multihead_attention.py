@@ -167,6 +167,73 @@ def test_causal_hint(options, padding, need_weights):
                 assert torch.allclose(found[1], expected[1], atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+@pytest.mark.parametrize("padding", [None, "bool", "float", "float -inf"])
+@pytest.mark.parametrize("kind", ["bool 2", "bool 3", "float 2", "float 3"])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True, "batch_first": True}])
+def test_causal_hint_leaves_the_mask_in_force(options, need_weights, kind, padding):
+    """A window of the last three keys and a float's values stay; torch reads them where it needs the mask."""
+    theirs, ours = pair(**options)
+    inputs = make_inputs("self", theirs)
+    masks = make_masks(LENGTH, padding)
+    distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+    window = (distance < 0) | ((distance > 2) & (torch.arange(LENGTH) > 0))  # key 0 is open: no empty rows
+    if kind.endswith("3"):
+        window = window.repeat(BATCH * HEADS, 1, 1)
+        window[0] = distance < 0
+    floating = torch.randn(window.shape).masked_fill(window, float("-inf"))
+    masks["attn_mask"] = window if kind.startswith("bool") else floating
+    expected = run(theirs, inputs, masks, torch.float32, need_weights=need_weights)
+    # Where torch has neither padding nor weights to give, or keys appended, its hint replaces the mask.
+    hint = (need_weights or padding is not None) and not options
+    if hint:
+        hinted = run(theirs, inputs, masks, torch.float32, need_weights=need_weights, is_causal=True)
+        assert torch.equal(hinted["out"], expected["out"])
+    found = run(ours, inputs, masks, torch.float32, need_weights=need_weights, is_causal=True)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] is None) == (value is None), name
+        assert value is None or torch.allclose(found[name], value, atol=2e-5), name
+
+
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_causal_hint_holds_besides_a_mask_that_is_not_causal(kind, options):
+    _, ours = pair(**options)
+    query, key, value = make_inputs("cross", ours)
+    masked = make_masks(KEYS, attn=f"{kind} 3")["attn_mask"]
+    later = torch.ones(LENGTH, KEYS, dtype=torch.bool).triu(1)
+    both = masked | later if kind == "bool" else masked.masked_fill(later, float("-inf"))
+    found = ours(query, key, value, attn_mask=masked, is_causal=True)
+    expected = ours(query, key, value, attn_mask=both)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_encoder_layer_calls_it_where_the_fast_path_is_off(monkeypatch):
+    """As the docstring says: in eval mode without gradients torch's layer reads the parameters alone."""
+    layer = nn.TransformerEncoderLayer(EMBED, 4, 32, batch_first=True)
+    layer.self_attn = fastattn.MultiheadAttention(EMBED, 4, batch_first=True)
+    layer.eval()
+    calls = []
+    forward = fastattn.MultiheadAttention.forward
+    monkeypatch.setattr(
+        fastattn.MultiheadAttention, "forward", lambda *a, **k: calls.append(True) or forward(*a, **k)
+    )
+    x = torch.randn(BATCH, LENGTH, EMBED)
+    before = torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad():
+        fast = layer(x)
+        assert not calls
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            assert torch.allclose(layer(x), fast, atol=2e-6)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
+    assert calls
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_query_with_all_keys_masked(need_weights):
     mha = fastattn.MultiheadAttention(EMBED, HEADS, batch_first=True)
@@ -253,7 +320,8 @@ def test_no_square_of_the_length_in_memory(padding, is_causal):
 
 @pytest.mark.parametrize("attn", ["bool 2", "float 2"])
 @pytest.mark.parametrize("padding", ["bool", "float -inf"])
-def test_masks_are_not_joined_per_batch(attn, padding):
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_masks_are_not_joined_per_batch(attn, padding, is_causal):
     """A given L × S mask stays that: it is not joined with the padding to one mask per sequence."""
     length = 300
     x = torch.randn(8, length, EMBED)
@@ -268,7 +336,7 @@ def test_masks_are_not_joined_per_batch(attn, padding):
         masked = torch.zeros(8, length).masked_fill(masked, float("-inf"))
 
     def call():
-        mha(x, x, x, key_padding_mask=masked, attn_mask=attn_mask, need_weights=False)
+        mha(x, x, x, key_padding_mask=masked, attn_mask=attn_mask, need_weights=False, is_causal=is_causal)
 
     assert largest_tensor(call) <= max(3 * x.numel(), length * length)
 
@@ -355,13 +423,14 @@ def test_inside_torchs_decoder():
         assert torch.allclose(found, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("attn", [None, "bool 2", "float 2", "causal"])
+@pytest.mark.parametrize("attn", [None, "bool 2", "float 2", "causal", "causal bool 2", "causal float 3"])
 @pytest.mark.parametrize("padding", [None, "bool", "float -inf"])
 def test_compiles_whole(padding, attn):
     mha = fastattn.MultiheadAttention(EMBED, HEADS, batch_first=True)
     x = torch.randn(BATCH, LENGTH, EMBED)
-    masks = make_masks(LENGTH, padding, None if attn == "causal" else attn)
-    masks["is_causal"] = attn == "causal"
+    is_causal = attn is not None and attn.startswith("causal")
+    masks = make_masks(LENGTH, padding, attn.removeprefix("causal").strip() or None if attn else None)
+    masks["is_causal"] = is_causal
     torch.compiler.reset()
     compiled = torch.compile(mha, backend="aot_eager", fullgraph=True, dynamic=False)
     out, _ = compiled(x, x, x, need_weights=False, **masks)
