@@ -79,10 +79,23 @@ def config_of(size: str) -> GPT2Config:
         >>> config_of("355M").n_layer
         24
     """
+    return SIZES[size_name(size)]
+
+
+def size_name(size: str) -> str:
+    """The one name of a size that has two.
+
+    Raises:
+        ValueError: no such name.
+
+    Example:
+        >>> size_name("124M"), size_name("tiny")
+        ('gpt2', 'tiny')
+    """
     name = _ALIASES.get(size, size)
     if name not in SIZES:
         raise ValueError(f"size: expected one of {[*SIZES, *_ALIASES]}, got {size!r}")
-    return SIZES[name]
+    return name
 
 
 def read_config(path: Path) -> GPT2Config:

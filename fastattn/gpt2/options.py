@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 import torch
 
-from fastattn.gpt2.config import SIZES, config_of
+from fastattn.gpt2.config import SIZES, config_of, size_name
 
 # Peak learning rates: Brown et al., "Language Models are Few-Shot Learners", 2020, table 2.1; the two
 # small sizes as nanoGPT's character model.
@@ -77,6 +78,10 @@ class Options:
                 raise ValueError(f"{name}: expected at least {bound}, got {value}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype: expected auto, float32 or bfloat16, got {self.dtype!r}")
+        if self.device is not None:
+            check_device(self.device)
+        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
         if self.size is not None and self.init is not None:
             raise ValueError(f"expected one of size and init, got {self.size!r} and {self.init!r}")
 
@@ -84,6 +89,7 @@ class Options:
         """The same with every choice that was left open made, except `dropout`, which is the model's own."""
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         size = self.size or (None if self.init else "gpt2" if device.startswith("cuda") else "tiny")
+        size = None if size is None else size_name(size)
         if self.lr is not None:
             lr = self.lr
         elif size is None:
@@ -92,6 +98,34 @@ class Options:
             lr = _LEARNING_RATES.get(config_of(size).n_embd, _SMALL)
         warmup = max(1, self.steps // 20) if self.warmup is None else self.warmup
         return replace(self, device=device, size=size, lr=lr, warmup=warmup)
+
+
+def check_device(device: str, name: str = "device") -> None:
+    """Refuse a device that torch cannot use, or that GPT-2 is not trained on here.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        name: of the option, for the message.
+
+    Raises:
+        ValueError: anything else, or a GPU that is not there.
+
+    Example:
+        >>> check_device("mps")
+        Traceback (most recent call last):
+        ...
+        ValueError: device: expected cpu, cuda or cuda:N, got 'mps'
+    """
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if match is None:
+        raise ValueError(f"{name}: expected cpu, cuda or cuda:N, got {device!r}")
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(f"{name}: expected a GPU that torch can use, got {device!r} without one")
+    count = torch.cuda.device_count()
+    if int(match[1] or 0) >= count:
+        raise ValueError(f"{name}: expected a GPU below cuda:{count}, got {device!r}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

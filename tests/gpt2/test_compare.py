@@ -57,7 +57,9 @@ def tiny(text: Path, *words: str | Path) -> Settings:
     return parse(*plain(text), *words)
 
 
-def test_a_comparison_of_all_three_writes_a_whole_report(text: Path, tmp_path: Path) -> None:
+def test_a_comparison_of_all_three_writes_a_whole_report(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "report"
     status = compare.compare(tiny(text, "--sweep", "32,63,127"), folder)
     result = json.loads((folder / "result.json").read_text())
@@ -94,7 +96,10 @@ def test_a_comparison_of_all_three_writes_a_whole_report(text: Path, tmp_path: P
     assert [(row["context"], row["implementation"], row["status"]) for row in result["sweep"]] == [
         (context, name, "measured") for context in (32, 63, 127) for name in IMPLEMENTATIONS
     ]
-    assert f"{result['sweep'][0]['ms']:,.0f} ms" in report
+    cell = f"{result['sweep'][0]['ms']:,.0f} ms, {result['sweep'][0]['peak_bytes'] / 1e9:.2f} GB"
+    printed = capsys.readouterr().out
+    for words in (cell, f"{result['parity']['largest']['fastattn']:.1e}", "largest loss difference"):
+        assert words in report and words in printed
 
 
 def test_one_implementation_failing_leaves_the_rest(

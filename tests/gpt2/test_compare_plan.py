@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,8 +16,8 @@ from fastattn.gpt2.compare import session as session_module
 from fastattn.gpt2.compare.plan import fit, predict, rotated, turns
 from fastattn.gpt2.compare.process import OutOfMemory, OutOfTime
 from fastattn.gpt2.compare.progress import Progress
-from fastattn.gpt2.compare.report import markdown
-from fastattn.gpt2.compare.result import result_of, summaries, verdict
+from fastattn.gpt2.compare.report import markdown, sweep_table, train_table, write_report
+from fastattn.gpt2.compare.result import parity, result_of, summaries, verdict
 from fastattn.gpt2.compare.session import Session
 from fastattn.gpt2.compare.settings import IMPLEMENTATIONS, settings_of
 
@@ -37,6 +39,8 @@ class SimulatedWorker:
     seconds: ClassVar[dict[str, tuple[float, float]]] = {}  # per 1,024 tokens, and per its square
     activations: ClassVar[dict[str, tuple[float, float]]] = {}  # GB, likewise
     at_rest = int(2e9)
+    losses: ClassVar[dict[str, float]] = {}
+    warm_ups: ClassVar[list[int]] = []  # contexts of all steps
 
     def __init__(self, spec: dict[str, Any], log: Path) -> None:
         self.name = next(
@@ -58,6 +62,7 @@ class SimulatedWorker:
             model = {"libraries_bytes": int(4e8), "model_bytes": int(1.6e9), "weights": "same"}
             return {**model, "parameters": 10**8, "threads": 2, "backend": None}
         context = int(Path(self.command["batches"]).name.split("-")[0])
+        self.warm_ups.append(context)
         t = context / 1024
         (a, b), (c, d) = self.seconds[self.name], self.activations[self.name]
         seconds, peak = a * t + b * t * t, self.at_rest + int(1e9 * (c * t + d * t * t))
@@ -66,7 +71,7 @@ class SimulatedWorker:
         self.clock.now += seconds
         if deadline is not None and self.clock.now > deadline:
             raise OutOfTime
-        return {"loss": 10.0, "ms": 1000 * seconds, "peak_bytes": peak}
+        return {"loss": self.losses.get(self.name, 10.0), "ms": 1000 * seconds, "peak_bytes": peak}
 
     def close(self) -> None:
         pass
@@ -81,6 +86,8 @@ def simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(
         SimulatedWorker, "activations", {"standard": (1, 2.6), "sdpa": (1, 2.6), "fastattn": (1, 0)}
     )
+    monkeypatch.setattr(SimulatedWorker, "losses", {})
+    monkeypatch.setattr(SimulatedWorker, "warm_ups", [])
     monkeypatch.setattr(session_module, "Worker", SimulatedWorker)
     monkeypatch.setattr(session_module, "time", clock)
     monkeypatch.setattr(session_module, "available_bytes", lambda: int(24e9))
@@ -196,6 +203,93 @@ def test_a_context_longer_than_the_text_is_told(simulated: Any) -> None:
     result = simulated("--steps", "2", "--sweep", "256k")
     assert set(cells(result).values()) <= {"not run (data)", "out of memory"}
     assert cells(result)[256 * 1024, "fastattn"] == "out of memory"
+
+
+def test_points_that_are_not_measured_are_said_as_it_is_decided(
+    simulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "say", lambda self, text: said.append(text))
+    result = simulated("--steps", "2", "--memory-budget", "10", "--sweep", "512,4k")
+    missing = [row for row in result["sweep"] if row["status"] != "measured"]
+    assert [(row["context"], row["implementation"]) for row in missing] == [
+        (4096, "standard"),
+        (4096, "sdpa"),
+    ]
+    for row in missing:
+        assert f"{row['implementation']}, 4,096 tokens: out of memory: {row['reason']}" in said
+    table = sweep_table(result).splitlines()
+    assert table[0] == "| tokens | standard | sdpa | fastattn | speed-up |"
+    assert table[-1].startswith("| 4,096 | out of memory | out of memory | 40,000 ms, 6.00 GB |")
+
+
+@pytest.mark.parametrize(
+    ("words", "warm_up", "said"),
+    [
+        (["--sweep", "512"], 512, "a warm-up step at full length"),
+        (["--sweep", "512", "--time-budget", "5"], 64, "first touches of the memory"),
+    ],
+)
+def test_the_report_tells_how_the_sweep_warms_up(
+    simulated: Any, words: list[str], warm_up: int, said: str
+) -> None:
+    result = simulated("--steps", "2", *words)
+    assert SimulatedWorker.warm_ups[-2:] == [warm_up, 512]
+    method = markdown(result, None).partition("## How it was measured")[2]
+    assert "contexts other than 1,024 tokens each point is one step" in method and said in method
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_fails_and_is_noted(
+    simulated: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: float
+) -> None:
+    monkeypatch.setattr(SimulatedWorker, "losses", {"fastattn": value})
+    result = simulated("--steps", "2", "--no-sweep")
+    assert result["parity"]["passed"] is False
+    assert result["parity"]["largest"] == {"sdpa": 0.0, "fastattn": math.inf}
+    assert f"fastattn: expected a finite loss at train, step 1/2, got {value}" in result["notes"]
+    assert "LOSSES ARE NOT FINITE" in result["verdict"]
+    write_report(result, tmp_path / "report")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    written = json.loads((tmp_path / "report" / "result.json").read_text(), parse_constant=refuse)
+    assert written["parity"]["largest"]["fastattn"] == "inf"
+    assert {s["loss"] for s in written["samples"]} == {10.0, str(value)}
+
+
+def curves(**losses: list[float]) -> list[dict[str, Any]]:
+    return [
+        {"implementation": name, "phase": "parity", "dropout": 0, "step": step, "loss": loss}
+        for name, curve in losses.items()
+        for step, loss in enumerate(curve)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("standard", "ours", "passed"),
+    [
+        ([10.0, 9.0], [10.0, 9.0001], True),
+        ([10.0, 9.0], [10.0, 9.01], False),
+        ([10.0, 9.0], [10.000001, math.nan], False),
+        ([10.0, math.nan], [10.0, math.nan], False),
+        ([10.0, 9.0, 8.0], [10.0], None),  # one step in common says nothing of the gradients
+        ([10.0], [math.nan], False),
+        ([10.0], [], None),
+    ],
+)
+def test_parity(standard: list[float], ours: list[float], passed: bool | None) -> None:
+    found = parity(curves(standard=standard, fastattn=ours, sdpa=standard), "parity", 1e-4)
+    assert found["passed"] is passed
+
+
+def test_the_training_table_ends_with_the_difference_of_the_losses() -> None:
+    built = {name: {"libraries_bytes": 0, "model_bytes": 0} for name in IMPLEMENTATIONS}
+    rows = summaries([sample("standard", 40.0, 100), sample("fastattn", 20.0, 50)], "train", built)
+    head, _, *lines = train_table(rows, {"fastattn": 1.3e-7}).splitlines()
+    assert head.endswith("| largest loss difference (dropout 0) |")
+    assert [line.split(" | ")[-1] for line in lines] == ["– |", "1.3e-07 |"]
 
 
 def test_fit_recovers_a_law_and_never_goes_below_zero() -> None:

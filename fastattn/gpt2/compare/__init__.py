@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from fastattn.gpt2.compare.progress import Progress, gigabytes
-from fastattn.gpt2.compare.report import train_table, warnings, write_report
+from fastattn.gpt2.compare.report import sweep_table, train_table, warnings, write_report
 from fastattn.gpt2.compare.result import OURS, result_of
 from fastattn.gpt2.compare.session import Session
 from fastattn.gpt2.compare.settings import IMPLEMENTATIONS, Settings, add_arguments, settings_of
@@ -72,7 +72,9 @@ def compare(settings: Settings, folder: Path) -> int:
     seconds = time.monotonic() - begin
     result = result_of(session, started=started, seconds=seconds, interrupted=interrupted)
     write_report(result, folder)
-    print(train_table(result["train"]))
+    print(train_table(result["train"], result["parity"]["largest"]))
+    if result["sweep"]:
+        print(f"\none training step at other contexts:\n{sweep_table(result)}")
     for warning in warnings(result):
         print(f"! {warning}")
     print(f"\n{result['verdict']}\nreport: {folder / 'report.md'}")

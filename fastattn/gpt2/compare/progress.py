@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -102,6 +102,16 @@ def clock(seconds: float) -> str:
     """
     minutes, rest = divmod(round(max(seconds, 0)), 60)
     return f"{minutes}:{rest:02d}"
+
+
+def point_text(row: Mapping[str, Any]) -> str:
+    """Why a point of the sweep was not measured.
+
+    Example:
+        >>> point_text({"implementation": "sdpa", "context": 8192, "status": "failed", "reason": "why"})
+        'sdpa, 8,192 tokens: failed: why'
+    """
+    return f"{row['implementation']}, {row['context']:,} tokens: {row['status']}: {row['reason']}"
 
 
 def gigabytes(count: float) -> str:

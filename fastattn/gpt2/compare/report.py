@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from fastattn.gpt2.compare.result import BASELINE, OURS
+from fastattn.gpt2.compare.progress import point_text
+from fastattn.gpt2.compare.result import BASELINE, LEAST_COMMON_STEPS, OURS
+from fastattn.gpt2.compare.session import WARM_UP_TOKENS
 
 UNSTEADY: Final = 1.3  # longest step over shortest above which the reader is warned; 1.1 on a quiet machine
 
@@ -24,7 +27,7 @@ def write_report(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "result.json"]
-    written[0].write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    written[0].write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     plots: list[str] | None = None
     try:
         from fastattn.gpt2.compare import plots as plotting  # noqa: PLC0415, needs matplotlib
@@ -37,6 +40,15 @@ def write_report(result: Mapping[str, Any], folder: Path) -> list[Path]:
     written.append(folder / "report.md")
     written[-1].write_text(markdown(result, plots), encoding="utf-8")
     return written
+
+
+def _finite(value: Any) -> Any:
+    """`value` with the floats that JSON has no number for as the strings "nan", "inf" and "-inf"."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def markdown(result: Mapping[str, Any], plots: list[str] | None) -> str:
@@ -55,7 +67,7 @@ def markdown(result: Mapping[str, Any], plots: list[str] | None) -> str:
         parts.append("A quick run on a small model: what it says holds for this size only.")
     parts += [f"> {warning}" for warning in warnings(result)]
     parts.append("## Training")
-    parts.append(train_table(result["train"]) or "No step was measured.")
+    parts.append(train_table(result["train"], result["parity"]["largest"]) or "No step was measured.")
     if plots is None:
         parts.append("Plots need matplotlib: `pip install matplotlib`.")
     parts += [f"![{name}]({name})" for name in plots or []]
@@ -89,8 +101,13 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def train_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The rows of `summaries` as a Markdown table; empty without rows."""
+def train_table(rows: Mapping[str, Mapping[str, Any]], differences: Mapping[str, float] | None = None) -> str:
+    """The rows of `summaries` as a Markdown table; empty without rows.
+
+    Args:
+        rows: by implementation.
+        differences: of the losses at dropout 0, `parity`'s ``largest``; a last column if given.
+    """
     lines = []
     for name, row in rows.items():
         speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}×"
@@ -107,8 +124,11 @@ def train_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
                 speedup,
             ]
         )
+        if differences is not None:
+            lines[-1].append(f"{differences[name]:.1e}" if name in differences else "–")
     head = ["", "ms a step (median)", "min", "max", "steps", "tokens/s", "peak GB", "of which activations"]
-    return _table([*head, "speed-up"], lines)
+    last = [] if differences is None else ["largest loss difference (dropout 0)"]
+    return _table([*head, "speed-up", *last], lines)
 
 
 def _parity(result: Mapping[str, Any]) -> list[str]:
@@ -116,7 +136,10 @@ def _parity(result: Mapping[str, Any]) -> list[str]:
     parts = ["## The same losses"]
     if not found["largest"]:
         return [*parts, "Not compared."]
-    outcome = {True: "pass", False: "FAIL", None: "not compared"}[found["passed"]]
+    few = f"no verdict from fewer than {LEAST_COMMON_STEPS} steps"
+    outcome = {True: "pass", False: "FAIL", None: few if OURS in found["largest"] else "not compared"}[
+        found["passed"]
+    ]
     lines = [
         [name, f"{found['largest'][name]:.1e}", f"{found['last'][name]:.1e}"] for name in found["largest"]
     ]
@@ -130,7 +153,8 @@ def _parity(result: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _sweep(result: Mapping[str, Any]) -> list[str]:
+def sweep_table(result: Mapping[str, Any]) -> str:
+    """The sweep's points as a Markdown table, a line for each context."""
     cells: dict[int, dict[str, Mapping[str, Any]]] = {}
     for row in result["sweep"]:
         cells.setdefault(row["context"], {})[row["implementation"]] = row
@@ -141,22 +165,22 @@ def _sweep(result: Mapping[str, Any]) -> list[str]:
         if all(name in row and row[name]["ms"] is not None for name in (BASELINE, OURS)):
             speed = f"{row[BASELINE]['ms'] / row[OURS]['ms']:.2f}×"
         lines.append([f"{context:,}", *(sweep_cell(row[n]) if n in row else "–" for n in names), speed])
+    return _table(["tokens", *names, "speed-up"], lines)
+
+
+def _sweep(result: Mapping[str, Any]) -> list[str]:
     budget = result["budget"]["device_bytes"] or result["budget"]["memory_bytes"]
     positions = ""
-    if max(cells) > 1024:
+    if max(row["context"] for row in result["sweep"]) > 1024:
         positions = (
             " Beyond GPT-2's 1,024 tokens the model has as many more position embeddings, nothing else."
         )
-    reasons = [
-        f"{row['implementation']}, {row['context']:,} tokens: {row['status']}: {row['reason']}"
-        for row in result["sweep"]
-        if row["status"] != "measured"
-    ]
+    reasons = [point_text(row) for row in result["sweep"] if row["status"] != "measured"]
     return [
         "## Longer contexts",
         f"Milliseconds and peak memory of one training step, batch {result['settings']['batch']}, the same "
         f"model; memory budget {budget / 1e9:.1f} GB.{positions}",
-        _table(["tokens", *names, "speed-up"], lines),
+        sweep_table(result),
         _list(reasons),
     ]
 
@@ -196,9 +220,22 @@ def _method(result: Mapping[str, Any]) -> str:
         ", ".join(f"{name} {found}" for name, found in versions.items()),
         f"{result['started']}, {result['seconds'] / 60:.1f} minutes",
     ]
+    if result["sweep"]:
+        lines.insert(len(rows) + 1, _sweep_method(settings))
     if backend is not None and backend["backend"]:
         lines.insert(len(rows), f"fastattn's {backend['backend'].splitlines()[0]}")
     return _list(lines)
+
+
+def _sweep_method(settings: Mapping[str, Any]) -> str:
+    text = f"at contexts other than {settings['context']:,} tokens each point is one step, no median, after "
+    if settings["sweep"] is None or settings["time_budget"] is not None:
+        return (
+            f"{text}a warm-up step of {WARM_UP_TOKENS} tokens only, which makes the optimiser's state: its "
+            "time has the first touches of the memory that this context needs in it (`--sweep` with contexts "
+            "and without `--time-budget` warms up at full length)"
+        )
+    return f"{text}a warm-up step at full length"
 
 
 def _gpu(machine: Mapping[str, Any]) -> str:

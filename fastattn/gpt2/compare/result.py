@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -20,6 +21,7 @@ from fastattn.gpt2.compare.settings import IMPLEMENTATIONS, LOSS_TOLERANCE
 SCHEMA: Final = 1
 BASELINE: Final = "standard"
 OURS: Final = "fastattn"
+LEAST_COMMON_STEPS: Final = 2  # the first has seen no update, so that it says nothing of the gradients
 
 
 def result_of(session: Session, *, started: str, seconds: float, interrupted: bool) -> dict[str, Any]:
@@ -119,7 +121,8 @@ def parity(samples: Sequence[Mapping[str, Any]], phase: str, tolerance: float) -
 
     Returns:
         ``largest`` and ``last`` relative difference by implementation, the `tolerance`, and whether ours
-        ``passed`` (None where there is nothing to compare, or `phase` has dropout).
+        ``passed``: None where there are fewer than 2 steps in common, or `phase` has dropout. A loss that is
+        not finite is an infinite difference.
     """
     losses: dict[str, dict[int, float]] = {}
     for s in samples:
@@ -133,11 +136,21 @@ def parity(samples: Sequence[Mapping[str, Any]], phase: str, tolerance: float) -
         common = sorted(set(curve) & set(base))
         if name == BASELINE or not common:
             continue
-        differences = [abs(curve[step] - base[step]) / abs(base[step]) for step in common]
+        differences = [_difference(curve[step], base[step]) for step in common]
         largest[name], last[name] = max(differences), differences[-1]
         steps = max(steps, len(common))
-    passed = largest[OURS] <= tolerance if OURS in largest else None
+    passed: bool | None = None
+    if OURS in largest:
+        passed = largest[OURS] <= tolerance
+        if passed and len(set(losses[OURS]) & set(base)) < LEAST_COMMON_STEPS:
+            passed = None
     return {"steps": steps, "tolerance": tolerance, "largest": largest, "last": last, "passed": passed}
+
+
+def _difference(loss: float, base: float) -> float:
+    if not (math.isfinite(loss) and math.isfinite(base)):
+        return math.inf
+    return abs(loss - base) / max(abs(base), sys.float_info.min)
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -166,6 +179,8 @@ def verdict(result: Mapping[str, Any]) -> str:
         agreement = "losses were not compared"
     elif losses["largest"][OURS] == 0:
         agreement = "losses are the same"
+    elif math.isinf(losses["largest"][OURS]):
+        agreement = "LOSSES ARE NOT FINITE at dropout 0"
     elif losses["passed"]:
         agreement = f"losses agree to {losses['largest'][OURS]:.0e}"
     else:

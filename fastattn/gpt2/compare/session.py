@@ -9,6 +9,7 @@ rotates. Where memory has no room for a step beside the processes that wait, the
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -22,7 +23,7 @@ import torch
 
 from fastattn.gpt2.compare.plan import predict, rotated, turns
 from fastattn.gpt2.compare.process import OutOfMemory, OutOfTime, Worker, WorkerFailed, available_bytes
-from fastattn.gpt2.compare.progress import Progress, clock
+from fastattn.gpt2.compare.progress import Progress, clock, point_text
 from fastattn.gpt2.compare.settings import IMPLEMENTATIONS, Settings
 from fastattn.gpt2.data import Batches, load_tokens
 
@@ -33,7 +34,9 @@ LEAST_STEPS: Final = 2
 LEAST_TRAIN_STEPS: Final = 3  # where there is time for LEAST_STEPS at dropout 0 too
 # The sweep's time where there is no time budget and its contexts were not asked for.
 SWEEP_SECONDS: Final = 240.0
-WARM_UP_TOKENS: Final = 64  # of the step before each point of the sweep, which makes the optimiser's state
+# Of the step before each point of the sweep, which makes the optimiser's state; all of the context where no
+# time was set and the contexts were asked for.
+WARM_UP_TOKENS: Final = 64
 
 
 class Stop(NamedTuple):
@@ -200,6 +203,8 @@ class Session:
         if answer is None:
             return None
         measured = {key: answer[key] for key in ("loss", "ms", "peak_bytes")}
+        if not math.isfinite(answer["loss"]):
+            self._note(f"{name}: expected a finite loss at {at}, got {answer['loss']}")
         tokens = self.settings.batch * record["context"]
         self.samples.append({"implementation": name, **record, "tokens": tokens, **measured})
         self._progress.stepped(name, at, answer["loss"], answer["ms"], answer["peak_bytes"], self._left())
@@ -240,10 +245,16 @@ class Session:
     def _sweep(self) -> None:
         if self._deadline is None and self.settings.sweep is None:
             self._deadline = time.monotonic() + SWEEP_SECONDS
+        order = {name: i for i, name in enumerate(IMPLEMENTATIONS)}
         for context in self.settings.contexts:
-            rows = [self._point(name, context) for name in ("fastattn", "standard", "sdpa")]
-            self.sweep += sorted(rows, key=lambda row: list(IMPLEMENTATIONS).index(row["implementation"]))
-            measured = any(row["status"] == "measured" for row in rows)
+            measured = False
+            for name in ("fastattn", "standard", "sdpa"):
+                row = self._point(name, context)
+                measured |= row["status"] == "measured"
+                if row["status"] != "measured":
+                    self._progress.say(point_text(row))
+                self.sweep.append(row)
+                self.sweep.sort(key=lambda r: (r["context"], order[r["implementation"]]))
             if self.settings.sweep is None and not measured and context > self.settings.context:
                 break
 
@@ -281,7 +292,8 @@ class Session:
         record = {"phase": "sweep", "context": context, "dropout": dropout, "step": 0, "warmup": False}
         try:
             batches = self._batches(context, 1)
-            warm_up = self._batches(min(WARM_UP_TOKENS, context), 1)
+            short = WARM_UP_TOKENS if self.settings.short_warm_up else context
+            warm_up = self._batches(min(short, context), 1)
             while True:
                 try:
                     self._build([name], context, dropout)

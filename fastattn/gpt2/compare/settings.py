@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 
 from fastattn.gpt2.config import SIZES, GPT2Config, config_of
+from fastattn.gpt2.options import check_device
 
 # name -> (transformers' attn_implementation, what it is); the first is what the others are compared with.
 IMPLEMENTATIONS: Final = {
@@ -69,10 +70,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not _CUSTOM_SIZE.fullmatch(self.size):
             config_of(self.size)
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {self.device!r}")
-        if self.device != "cpu" and not torch.cuda.is_available():
-            raise ValueError(f"--device: expected a GPU that torch can use, got {self.device!r} without one")
+        check_device(self.device, "--device")
         for name in ("context", "batch", "steps", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")
@@ -90,6 +88,12 @@ class Settings:
         if self.sweep is not None:
             return tuple(sorted(set(self.sweep)))
         return tuple(self.context * 2**i // 2 for i in range(8))
+
+    @property
+    def short_warm_up(self) -> bool:
+        """Whether the step before each point of the sweep is cut short: not where the contexts were asked
+        for and no time was set."""
+        return self.sweep is None or self.time_budget is not None
 
     def model_config(self, vocab_size: int) -> GPT2Config:
         """The model's sizes; the official ones keep GPT-2's vocabulary, whatever the tokenizer."""
