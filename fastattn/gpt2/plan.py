@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from fastattn.gpt2.options import Options
 
 _TOKENS_PER_PARAMETER = 20  # Hoffmann et al., "Training Compute-Optimal Large Language Models", 2022
 _PROCESS = 400 << 20  # torch, loaded
+# Bytes for each score that the reference attention holds for a while, measured on the CPU.
+_REFERENCE, _REFERENCE_DROPOUT = 16, 24
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,19 @@ def expected_memory(config: GPT2Config, options: Options, dtype: torch.dtype, pa
     # two residual inputs in float32; norms' outputs, q k v, attention's output; the MLP's; dropout's masks
     layer = tokens * (8 * config.n_embd + item * (6 * config.n_embd + 2 * inner) + 2 * config.n_embd)
     transient = 0
+    square = tokens * options.context * config.n_head
     if options.attention == "standard" or (
         options.attention == "sdpa" and options.device == "cpu" and config.attn_pdrop > 0
     ):
         # Kept: probabilities before and after dropout, and its mask; softmax is float32 under autocast too.
         # At the peak, one layer has its scores and their gradients besides.
-        square = tokens * options.context * config.n_head
         layer += square * (4 + item + 1)
         transient = square * 12
+    elif options.attention == "fastattn" and _explain(config, options, dtype).backend == "reference":
+        # No kernel to run: float32 whatever the dtype, see `ops.attention.reference`. Kept: the
+        # exponentials, the probabilities that multiply v, dropout's mask.
+        layer += square * (8 + (1 if config.attn_pdrop > 0 else 0))
+        transient = square * (_REFERENCE_DROPOUT if config.attn_pdrop > 0 else _REFERENCE)
     if options.gradient_checkpointing:
         activations = layer + config.n_layer * tokens * 4 * config.n_embd
     else:
@@ -113,9 +119,10 @@ def plan_lines(
         f"device   {device_name(device)}; {dtype[1]}",
         f"kernel   {_kernel(model, options, dtype[0])}",
         f"compute  {plan.flops:.2e} FLOPs",
-        f"memory   about {_gib(plan.memory)} expected, {_gib(have)} available",
+        f"memory   about {_gib(plan.memory)} expected, "
+        + ("unknown what is available" if have is None else f"{_gib(have)} available"),
     ]
-    if plan.memory > have:
+    if have is not None and plan.memory > have:
         lines.append("warning  this may not fit: take a smaller --batch, or --gradient-checkpointing")
     return lines
 
@@ -144,16 +151,21 @@ def device_name(device: str) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def peak_memory(device: str) -> int:
-    """Bytes at the highest so far: of tensors on a GPU, of the whole process on a CPU."""
+def peak_memory(device: str) -> int | None:
+    """Bytes at the highest so far: of tensors on a GPU, of the whole process on a CPU (None on Windows)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # noqa: PLC0415, Unix has it
+    except ModuleNotFoundError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def available_memory(device: str) -> int:
-    """Bytes the device has free now; on a CPU, physical memory free or in droppable caches."""
+def available_memory(device: str) -> int | None:
+    """Bytes the device has free now; on a CPU, physical memory free or in droppable caches (None on
+    Windows)."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -161,6 +173,8 @@ def available_memory(device: str) -> int:
         values = dict(line.split(":", 1) for line in lines)
         return int(values["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
+        if not hasattr(os, "sysconf"):
+            return None
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -174,12 +188,17 @@ def _dropouts(config: GPT2Config) -> str:
 def _kernel(model: GPT2, options: Options, dtype: torch.dtype) -> str:
     if options.attention != "fastattn":
         return f"{options.attention} attention"
-    q = torch.empty(1, 1, 1, model.config.head_dim, dtype=dtype, device=options.device)
-    found = fastattn.explain(q, q, q, mask=fastattn.causal())
+    found = _explain(model.config, options, dtype)
     text = f"fastattn attention, backend {found.backend}" + (f" ({found.isa})" if found.isa else "")
     if found.backend == "reference":  # the slow one: say what keeps the others away
         text += "".join(f"; not {name}: {', '.join(why)}" for name, why in found.reasons.items())
     return text
+
+
+def _explain(config: GPT2Config, options: Options, dtype: torch.dtype) -> fastattn.Explanation:
+    """What `fastattn.attention` would run, by one head's size."""
+    q = torch.empty(1, 1, 1, config.head_dim, dtype=dtype, device=options.device)
+    return fastattn.explain(q, q, q, mask=fastattn.causal(), dropout=config.attn_pdrop)
 
 
 def _gib(size: float) -> str:

@@ -68,7 +68,15 @@ class Progress:
                     self._board.add_scalar(f"{event}/{name}", value, values["step"])
 
     def step(
-        self, done: int, *, loss: float, lr: float, grad_norm: float, seconds: float, tokens: int, memory: int
+        self,
+        done: int,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        seconds: float,
+        tokens: int,
+        memory: int | None,
     ) -> None:
         """A step is done.
 
@@ -79,7 +87,7 @@ class Progress:
             grad_norm: before clipping.
             seconds: it took.
             tokens: it took in.
-            memory: bytes at the peak so far.
+            memory: bytes at the peak so far, None where it is not known.
         """
         speed = tokens / seconds
         self.record(
@@ -94,7 +102,8 @@ class Progress:
         )
         self._seconds = _SMOOTHING * self._seconds + (1 - _SMOOTHING) * seconds if self._seconds else seconds
         left = duration(self._seconds * (self._steps - done))
-        text = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {memory / 2**30:.2f} GiB  {left} left"
+        held = "" if memory is None else f"{memory / 2**30:.2f} GiB  "
+        text = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {held}{left} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, info=text)
         elif done == self._steps or time.monotonic() - self._last_line >= _LINE_SECONDS:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn.gpt2.checkpoint import latest_run, load_model, load_optimizer, read_state, save_run
-from fastattn.gpt2.config import config_of
+from fastattn.gpt2.config import config_of, size_name
 from fastattn.gpt2.data import Batches, Corpus, load_tokens, mix
 from fastattn.gpt2.model import GPT2, AttentionKind
 from fastattn.gpt2.optim import learning_rate, make_optimizer
@@ -35,9 +35,10 @@ from fastattn.gpt2.progress import Progress, duration
 
 __all__ = ["Options", "Result", "add_arguments", "run", "train"]
 
-# Options that decide what is computed: a run that resumes must be given the same.
+# Options that decide what is computed: a run that resumes must be given the same. The text is held to its
+# digest instead, however --data names it.
 _FIXED: Final = (
-    *("size", "init", "dropout", "data", "tokenizer", "validation", "joined"),
+    *("size", "init", "dropout", "tokenizer", "validation", "joined"),
     *("context", "batch", "accumulate", "seed"),
 )
 _LONG_STEP: Final = 5.0  # seconds
@@ -296,13 +297,16 @@ def _checkpoint_to_resume(options: Options, corpus: Corpus) -> Path | None:
         )
     for name in _FIXED:
         expected, given = state["options"][name], getattr(options, name)
+        if name == "size" and expected is not None:
+            expected = size_name(expected)
         if expected != given:
             raise ValueError(
                 f"{name}: expected {expected!r}, as in the run that {checkpoint} is of, got {given!r}"
             )
     if state["corpus"] != corpus.digest:
         raise ValueError(
-            f"data: expected the text that the run in {options.out} began with, but it has changed"
+            f"data: expected the text that the run in {options.out} began with, that of "
+            f"{state['options']['data']!r}, got {options.data!r}, where it is another or has changed"
         )
     return checkpoint
 

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastattn.gpt2 import checkpoint, optim, plan, progress
+import fastattn
+from fastattn.gpt2 import checkpoint, config, optim, plan, progress
 from fastattn.gpt2 import train as training
 from fastattn.gpt2.checkpoint import latest_run, load_model, read_state
 from fastattn.gpt2.config import GPT2Config
@@ -350,8 +351,21 @@ def test_a_run_does_not_resume_on_changed_text(options, tmp_path):
     path.write_text("abc " * 100)
     train(replace(options, data=str(path), steps=1, eval_every=0))
     path.write_text("abd " * 100)
-    with pytest.raises(ValueError, match="it has changed"):
+    with pytest.raises(ValueError, match="another or has changed"):
         train(replace(options, data=str(path), resume=True))
+
+
+def test_a_run_resumes_on_the_same_text_and_size_by_other_names(options, tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text("abc " * 100)
+    monkeypatch.setitem(config._ALIASES, "little", "tiny")
+    train(replace(options, data=str(path), size="little", steps=1, eval_every=0))
+    monkeypatch.chdir(tmp_path)
+    again = replace(options, data="text.txt", size="tiny", steps=2, eval_every=0, resume=True)
+    assert train(again).step == 2
+    assert train(replace(again, size="little", steps=3)).step == 3
+    with pytest.raises(ValueError, match=r"size: expected 'tiny', .* got 'mini'"):
+        train(replace(again, size="mini"))
 
 
 def test_a_run_may_be_made_longer_or_found_done(options, capsys):
@@ -373,7 +387,11 @@ def test_a_run_may_be_made_longer_or_found_done(options, capsys):
         ({"init": "folder"}, "one of size and init, got 'tiny' and 'folder'"),
         ({"attention": "flash"}, "attention: expected one of .* got 'flash'"),
         ({"size": "huge"}, "size: expected one of .* got 'huge'"),
-        ({"dropout": 1.0}, r"resid_pdrop: expected a probability in \[0, 1\), got 1\.0"),
+        ({"dropout": 1.0}, r"^dropout: expected a probability in \[0, 1\), got 1\.0"),
+        ({"dropout": 1.5}, r"^dropout: expected a probability in \[0, 1\), got 1\.5"),
+        ({"device": "foo"}, "^device: expected cpu, cuda or cuda:N, got 'foo'"),
+        ({"device": "mps"}, "^device: expected cpu, cuda or cuda:N, got 'mps'"),
+        ({"device": "cuda:99"}, "^device: expected a GPU .* got 'cuda:99'"),
         ({"context": 100_000}, "context: expected at most .* got 100000"),
     ],
 )
@@ -412,7 +430,7 @@ def test_command_line(options, text, capsys):
     assert "fastattn train: out: " in capsys.readouterr().err
 
 
-def test_counts_of_the_plan():
+def test_counts_of_the_plan(monkeypatch):
     options = Options(size="gpt2", batch=2, steps=10, device="cpu", attention="standard").resolved()
     with torch.device("meta"):
         model = GPT2(GPT2Config())
@@ -422,8 +440,32 @@ def test_counts_of_the_plan():
     products = 12 * 12 * 768**2 + 50257 * 768
     assert counts.flops == 20480 * (6 * products + 6 * 12 * 1024 * 768)
     square = 2 * 1024 * 1024 * 12 * (12 * 9 + 12)
+    found = fastattn.Explanation("cpu", {})
+    monkeypatch.setattr(fastattn, "explain", lambda *tensors, **arguments: found)
     ours = plan.make_plan(model, replace(options, attention="fastattn"), torch.float32)
     assert counts.memory - ours.memory == square
+
+    # without a kernel to run, ours holds the scores too
+    found = fastattn.Explanation("reference", {"cpu": ["no compiler"]})
+    slow = plan.make_plan(model, replace(options, attention="fastattn"), torch.float32)
+    assert slow.memory - ours.memory == 2 * 1024 * 1024 * 12 * (12 * 9 + 24)
+
+
+def test_a_system_without_resource_trains(options, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.delattr(os, "sysconf")
+    read = Path.read_text
+
+    def read_text(path: Path, *rest: Any, **named: Any) -> str:
+        if str(path) == "/proc/meminfo":
+            raise FileNotFoundError(path)
+        return read(path, *rest, **named)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert plan.peak_memory("cpu") is None and plan.available_memory("cpu") is None
+    train(replace(options, steps=1, eval_every=0))
+    said = capsys.readouterr().out
+    assert "expected, unknown what is available" in said and "tokens/s  0:00 left" in said
 
 
 def test_learning_rate_warms_up_and_falls_to_its_floor():
