@@ -8,44 +8,20 @@ Each run adds a row an implementation to bench/results/gpt2_step.csv.
 from __future__ import annotations
 
 import argparse
-import csv
-import statistics
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fastattn
+from bench.rows import Clock, append, percentiles
 from fastattn import _backends
 from fastattn.gpt2 import compare
 from fastattn.gpt2.compare.progress import Progress
 from fastattn.gpt2.compare.result import machine, parity, versions
 from fastattn.gpt2.compare.session import Session
 from fastattn.gpt2.compare.settings import IMPLEMENTATIONS, LOSS_TOLERANCE, settings_of
-
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "gpt2_step.csv"
-COLUMNS = (
-    *("date", "machine", "cpu", "isa", "threads", "torch", "transformers", "fastattn", "size", "batch"),
-    *("context", "dropout", "dtype", "implementation", "steps", "p20_ms", "p50_ms", "p80_ms", "peak_mb"),
-)
-
-
-class Clock:
-    """Seconds that pass only as `samples` are taken."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.samples: Iterator[float] = iter(())
-
-    def __call__(self) -> float:
-        return self.now
-
-    def step(self) -> None:
-        self.now += next(self.samples)
-
 
 CLOCK = Clock()
 
@@ -81,9 +57,8 @@ def test_step(benchmark: Any, session: Session, context: int, dropout: float, im
     row = result_row(session, implementation, ms, max(s["peak_bytes"] for s in own))
     benchmark.extra_info.update(row)
     benchmark.group = f"GPT-2 step, {context} tokens, dropout {dropout}"
-    CLOCK.samples = iter([x / 1000 for x in ms])
-    benchmark.pedantic(CLOCK.step, rounds=len(ms))
-    append(row)
+    CLOCK.replay(benchmark, [x / 1000 for x in ms])
+    append("gpt2_step.csv", row)
 
 
 def result_row(session: Session, implementation: str, ms: list[float], peak_bytes: int) -> dict[str, Any]:
@@ -92,7 +67,7 @@ def result_row(session: Session, implementation: str, ms: list[float], peak_byte
     isa = (
         _backends.cpu_isa() if implementation == "fastattn" and where["gpu"] is None else where["isa"].lower()
     )
-    row: dict[str, Any] = {
+    return {
         "date": date.today().isoformat(),
         "machine": where["gpu"] or where["system"],
         "cpu": where["cpu"],
@@ -113,22 +88,3 @@ def result_row(session: Session, implementation: str, ms: list[float], peak_byte
         "p80_ms": round(p80, 1),
         "peak_mb": round(peak_bytes / 1e6),
     }
-    assert tuple(row) == COLUMNS
-    return row
-
-
-def percentiles(ms: list[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th, linear between samples."""
-    if len(ms) == 1:
-        return ms[0], ms[0], ms[0]
-    fifths = statistics.quantiles(ms, n=5, method="inclusive")
-    return fifths[0], statistics.median(ms), fifths[3]
-
-
-def append(row: dict[str, Any]) -> None:
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)

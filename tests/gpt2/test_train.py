@@ -360,6 +360,9 @@ def test_a_run_resumes_on_the_same_text_and_size_by_other_names(options, tmp_pat
     path.write_text("abc " * 100)
     monkeypatch.setitem(config._ALIASES, "little", "tiny")
     train(replace(options, data=str(path), size="little", steps=1, eval_every=0))
+    state = latest_run(Path(options.out) / "checkpoints") / "state.json"
+    assert '"size": "tiny"' in state.read_text()
+    state.write_text(state.read_text().replace('"size": "tiny"', '"size": "little"'))  # as once written
     monkeypatch.chdir(tmp_path)
     again = replace(options, data="text.txt", size="tiny", steps=2, eval_every=0, resume=True)
     assert train(again).step == 2

@@ -74,7 +74,7 @@ def compare(settings: Settings, folder: Path) -> int:
     write_report(result, folder)
     print(train_table(result["train"], result["parity"]["largest"]))
     if result["sweep"]:
-        print(f"\none training step at other contexts:\n{sweep_table(result)}")
+        print(f"\none training step by context:\n{sweep_table(result)}")
     for warning in warnings(result):
         print(f"! {warning}")
     print(f"\n{result['verdict']}\nreport: {folder / 'report.md'}")
