@@ -56,6 +56,8 @@ class Conv1D(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal self-attention behind one packed projection, computed as `kind` says."""
+
     def __init__(self, config: GPT2Config, layer: int, kind: AttentionKind) -> None:
         super().__init__()
         self.layer, self.kind, self.n_head, self.attn_pdrop = layer, kind, config.n_head, config.attn_pdrop
@@ -94,6 +96,8 @@ def _standard_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tens
 
 
 class MLP(nn.Module):
+    """Four times wider in between, with the tanh form of GELU."""
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
@@ -107,6 +111,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each behind a layer norm and beside a residual."""
+
     def __init__(self, config: GPT2Config, layer: int, kind: AttentionKind) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -121,6 +127,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Embeddings, blocks and the last layer norm: all but the language-model head."""
+
     def __init__(self, config: GPT2Config, kind: AttentionKind) -> None:
         super().__init__()
         self.gradient_checkpointing = False

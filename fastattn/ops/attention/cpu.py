@@ -1,6 +1,11 @@
-"""Attention by the C++ kernels: lays the tensors out for them. Speaks to `csrc/attention/attention.cpp`."""
+"""Attention by the C++ kernels: lays the tensors out for them. Speaks to `csrc/attention/attention.cpp`.
+
+`problem` is what the schemas in `library.py` share: mask, lengths, bias, seed, diagonal, scale, dropout.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,30 +15,14 @@ from fastattn.ops.attention.library import new_heads_last
 from fastattn.ops.attention.philox import drop_threshold
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    diagonal: int,
-    scale: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """`fastattn::attention_forward` on CPU; see the schema in `library.py`."""
+def forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
+    """`fastattn::attention_forward` on CPU."""
     _backends.require("cpu")
     batch, heads, length, _ = q.shape
     out = new_heads_last(q, batch, heads, length, v.shape[3])
     lse = q.new_empty((batch, heads, length), dtype=torch.float32)
     torch.ops.fastattn_cpu.attention_forward(
-        _unit_last(q),
-        _unit_last(k),
-        _unit_last(v),
-        *_problem(mask, lengths, bias, seed, diagonal, scale, dropout),
-        out,
-        lse,
+        _unit_last(q), _unit_last(k), _unit_last(v), *_problem(*problem), out, lse
     )
     return out, lse
 
@@ -46,30 +35,12 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    diagonal: int,
-    scale: float,
-    dropout: float,
+    *problem: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fastattn::attention_backward` on CPU."""
-    _backends.require("cpu")
     dq, dk, dv = (new_heads_last(x, *x.shape) for x in (q, k, v))
-    torch.ops.fastattn_cpu.attention_backward(
-        _unit_last(dout),
-        None if dlse is None else dlse.contiguous(),
-        _unit_last(q),
-        _unit_last(k),
-        _unit_last(v),
-        _unit_last(out),
-        lse.contiguous(),
-        *_problem(mask, lengths, bias, seed, diagonal, scale, dropout),
-        dq,
-        dk,
-        dv,
-    )
+    saved = _saved(dout, dlse, q, k, v, out, lse)
+    torch.ops.fastattn_cpu.attention_backward(*saved, *_problem(*problem), dq, dk, dv)
     return dq, dk, dv
 
 
@@ -81,30 +52,23 @@ def bias_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    diagonal: int,
-    scale: float,
-    dropout: float,
+    *problem: Any,
 ) -> Tensor:
     """`fastattn::attention_bias_backward` on CPU."""
-    _backends.require("cpu")
-    assert bias is not None
+    bias: Tensor = problem[2]
     dbias = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
-    torch.ops.fastattn_cpu.attention_bias_backward(
-        _unit_last(dout),
-        None if dlse is None else dlse.contiguous(),
-        _unit_last(q),
-        _unit_last(k),
-        _unit_last(v),
-        _unit_last(out),
-        lse.contiguous(),
-        *_problem(mask, lengths, bias, seed, diagonal, scale, dropout),
-        dbias,
-    )
+    saved = _saved(dout, dlse, q, k, v, out, lse)
+    torch.ops.fastattn_cpu.attention_bias_backward(*saved, *_problem(*problem), dbias)
     return dbias.to(bias.dtype)
+
+
+def _saved(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor | None, ...]:
+    _backends.require("cpu")
+    dlse = None if dlse is None else dlse.contiguous()
+    q, k, v, out, dout = (_unit_last(x) for x in (q, k, v, out, dout))
+    return dout, dlse, q, k, v, out, lse.contiguous()
 
 
 def _unit_last(x: Tensor) -> Tensor:
