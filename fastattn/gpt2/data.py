@@ -234,7 +234,7 @@ def _read(source: str | os.PathLike[str]) -> tuple[list[_Document], str, tuple[s
     if path.is_dir():
         return _read_folder(path)
     raise FileNotFoundError(
-        f"data: expected 'shakespeare', a text file, a folder or a .bin, got {str(source)!r}"
+        f"data: expected 'shakespeare', a text file, a folder or a .bin, got {str(source)!r}: no such file"
     )
 
 

@@ -301,7 +301,8 @@ def _checkpoint_to_resume(options: Options, corpus: Corpus) -> Path | None:
             expected = size_name(expected)
         if expected != given:
             raise ValueError(
-                f"{name}: expected {expected!r}, as in the run that {checkpoint} is of, got {given!r}"
+                f"{name}: expected {expected!r}, as in the run that {checkpoint} is of, got {given!r}; "
+                "another run needs another --out"
             )
     if state["corpus"] != corpus.digest:
         raise ValueError(

@@ -322,7 +322,12 @@ class CausalSelfAttention(nn.Module):
 
         Returns:
             ``[B, T, n_embd]``.
+
+        Raises:
+            ValueError: another shape.
         """
+        if x.dim() != 3 or x.shape[2] != self.n_embd:
+            raise ValueError(f"x: expected [B, T, {self.n_embd}], got {list(x.shape)}")
         batch, length, width = x.shape
         qkv = self.c_attn(x).view(batch, length, 3, self.n_head, width // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, D] each, strided views of qkv

@@ -40,7 +40,7 @@ BAD = {
     "backend": (lambda: attention(q, kv, kv, backend="cuda"), ValueError, r"backend: expected one of \['cpu', 'reference'\], got 'cuda'"),
     "backend can't": (lambda: attention(q.double(), kv.double(), kv.double(), backend="cpu"), NotImplementedError, "backend='cpu' can't run this: .*float64"),
     "float mask": (lambda: attention(q, kv, kv, mask=t(5, 7)), TypeError, "mask: expected a bool tensor .* bias="),
-    "mask type": (lambda: attention(q, kv, kv, mask="causal"), TypeError, "mask: expected a fastattn mask.* got str"),
+    "mask type": (lambda: attention(q, kv, kv, mask="causal"), TypeError, r"mask: expected a fastattn mask.* got str; masks are made by a call"),
     "mask shape": (lambda: attention(q, kv, kv, mask=t(5, 6, dtype=torch.bool)), ValueError, r"mask: .*\[2, 4, 5, 7\], got \[1, 1, 5, 6\]"),
     "mask rank": (lambda: attention(q, kv, kv, mask=t(1, 1, 1, 5, 7, dtype=torch.bool)), ValueError, "mask: expected a shape"),
     "mask device": (lambda: attention(q, kv, kv, mask=t(5, 7, dtype=torch.bool, device="meta")), ValueError, "mask: expected q's device"),

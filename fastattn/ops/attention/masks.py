@@ -162,8 +162,8 @@ def key_padding(lengths: Tensor) -> Mask:
     return Mask(lengths=lengths.to(torch.int64))
 
 
-def as_mask(mask: Mask | Tensor | None) -> Mask:
-    """A `Mask` of what `fastattn.attention(mask=)` takes.
+def as_mask(mask: Any) -> Mask:
+    """A `Mask` of what `fastattn.attention(mask=)` takes: a mask, a bool tensor or None.
 
     Raises:
         TypeError: not a mask, a bool tensor or None.
@@ -179,4 +179,9 @@ def as_mask(mask: Mask | Tensor | None) -> Mask:
                 "an additive float mask is passed as bias="
             )
         return Mask(dense=mask)
-    raise TypeError(f"mask: expected a fastattn mask, a bool tensor or None, got {type(mask).__name__}")
+    hint = (
+        "; masks are made by a call: mask=fastattn.causal()"
+        if callable(mask) or isinstance(mask, str)
+        else ""
+    )
+    raise TypeError(f"mask: expected a fastattn mask, a bool tensor or None, got {type(mask).__name__}{hint}")
