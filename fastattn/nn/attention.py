@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.ops.attention import attention, causal
-from fastattn.ops.attention.masks import Mask, as_mask
+from fastattn.ops.attention.masks import Mask
 from fastattn.ops.attention.weights import attention_weights
 
 _MINUS_INFINITY = float("-inf")
@@ -210,7 +210,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             _check_mask("key_padding_mask", padding, (batch, keys) if batched else (keys,))
             padding = F.pad(padding, (0, appended)).view(batch, 1, 1, keys + appended)
             padding = _as_bool(padding)
-            if padding.dtype == torch.bool and as_mask(mask).dense is None:
+            has_dense = attn_mask is not None and attn_mask.dtype == torch.bool
+            if padding.dtype == torch.bool and not has_dense:
                 mask = ~padding if mask is None else mask & ~padding
             else:
                 # Two bool masks joined would be [N, 1, L, S]: the smaller one, [N, 1, 1, S], goes as a bias.

@@ -39,21 +39,46 @@ def test_cold_import() -> None:
 
 
 # The rooms of the package, and for each the rooms it may import from besides itself.
-MATHEMATICS = {"ops.masks", "ops.philox", "ops.weights"}
+MATHEMATICS = {
+    "ops.constraints",
+    "ops.masks",
+    "ops.biases",
+    "ops.philox",
+    "ops.problem",
+    "ops.weights",
+    "ops.statistics",
+    "ops.merge",
+}
 SPEAKS_TO_PEOPLE = {"fastattn", "ops", "ops.api", "nn", *MATHEMATICS}
 MAY_IMPORT = {
     "_build": set(),
     "_backends": {"_build"},
-    "ops.masks": set(),
+    "ops.constraints": set(),
+    "ops.masks": {"ops.constraints"},
+    "ops.biases": {"ops.constraints", "ops.masks"},
     "ops.philox": set(),
-    "ops.weights": {"ops.masks", "ops.philox"},
+    "ops.merge": set(),
+    "ops.problem": {"ops.constraints", "ops.masks", "ops.biases"},
+    "ops.checks": {"ops.constraints", "ops.masks", "ops.biases"},
+    "ops.weights": {"ops.masks", "ops.biases", "ops.philox"},
+    "ops.statistics": {"ops.api", "ops.checks", *MATHEMATICS},
     "ops.reference": MATHEMATICS,
     "ops.library": MATHEMATICS,
     "ops.cpu": {"_backends", "ops.library", *MATHEMATICS},
     "ops.triton": {"_backends", "ops.library", *MATHEMATICS},
     "ops.hopper": {"_backends", "ops.library", *MATHEMATICS},
-    "ops.api": {"_backends", "ops.library", "ops.reference", *MATHEMATICS},
-    "ops": {"ops.api", *MATHEMATICS},
+    "ops.api": {"_backends", "ops.checks", "ops.library", "ops.reference", *MATHEMATICS},
+    "ops.varlen": {"ops.api", *MATHEMATICS},
+    "ops.kv_cache": {
+        "_backends",
+        "ops",
+        "ops.api",
+        "ops.checks",
+        "ops.library",
+        "ops.reference",
+        *MATHEMATICS,
+    },
+    "ops": {"ops.api", "ops.varlen", "ops.kv_cache", *MATHEMATICS},
     "nn": {"ops", "ops.api", *MATHEMATICS},
     "fastattn": {"ops", "nn", "integrations", "compiler", "distributed"},
     "integrations": {*SPEAKS_TO_PEOPLE},

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastattn import _backends
 from fastattn.ops.attention import library, reference
+from fastattn.ops.attention.biases import Bias, as_bias
+from fastattn.ops.attention.checks import check_inputs, check_options, check_seed
 from fastattn.ops.attention.masks import Mask, as_mask
-
-MAX_HEAD_DIM = 512
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from fastattn.ops.attention.problem import resolve
 
 
 class Explanation(NamedTuple):
@@ -43,16 +43,22 @@ def attention(
     v: Tensor,
     *,
     mask: Mask | Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Bias | Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
+    q_start: int | Tensor | None = None,
+    k_start: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention in tiles, without the L_q × L_k matrix in memory.
 
-    Computes ``softmax(scale · q kᵀ + bias) v`` over the keys the mask keeps, forward and backward.
+    Computes ``softmax(softcap(scale · q kᵀ) + bias) v`` over the keys the mask keeps, forward and backward,
+    with work in proportion to what is not masked. The same arguments give the same bits on every run and for
+    any number of threads, and a sequence's result does not depend on what else is in the batch.
 
     Args:
         q: ``[B, H, L_q, D]``, float32, bfloat16 or float16 (float64 in the reference backend). Any strides
@@ -60,17 +66,28 @@ def attention(
         k: ``[B, H_kv, L_k, D]``, q's dtype. H_kv divides H: query head h reads key head ``h // (H / H_kv)``
             (grouped-query attention; H_kv = 1 is multi-query).
         v: ``[B, H_kv, L_k, D_v]``, q's dtype.
-        mask: `causal()`, `key_padding(lengths)`, a bool tensor broadcastable to ``[B, H, L_q, L_k]``
-            (True = may attend), these joined by ``&``, or None.
-        bias: added to the scaled scores; float32, bfloat16, float16 or float64, broadcastable to
-            ``[B, H, L_q, L_k]`` with as many dimensions. Gets a gradient of its own shape, the same on every
-            run. -inf masks. Where all of a row's biases are below -1e6, lse and with it the gradients lose
-            the digits that float32 does not have.
+        mask: `causal()`, `sliding_window(left, right)`, `prefix(n)`, `chunked(size)`,
+            `documents(cu_seqlens)`, `key_padding(lengths)`, `block_sparse(blocks, block_size)`, a bool tensor
+            broadcastable to ``[B, H, L_q, L_k]`` (True = may attend), these joined by ``&`` and ``|``, or
+            None.
+        bias: added to the scores: `alibi(slopes)`, `relative_position(table)`, a float32, bfloat16, float16
+            or float64 tensor broadcastable to ``[B, H, L_q, L_k]`` with as many dimensions, or a sum of
+            these. Gets a gradient of its own shape, the same on every run; memory for the matrix is taken
+            only where the bias itself takes it. -inf masks. Where all of a row's biases are below -1e6, lse
+            and with it the gradients lose the digits that float32 does not have.
         scale: factor on q kᵀ; ``1 / sqrt(D)`` if None.
+        softcap: scores x become ``softcap · tanh(x / softcap)`` before bias and mask are added.
+        sinks: floating ``[H]``: one more score for each row of a head, that takes its share of the softmax
+            and has no value. Gets a gradient. lse includes it.
         dropout: probability in [0, 1) with which a probability is zeroed, in steps of 1/65,536. It is applied
             whenever it is not 0: pass 0.0 in evaluation.
         seed: which probabilities are dropped: an int in [0, 2^63) or an int64 tensor ``[1]``. The same seed
             drops the same elements on every backend. Drawn from torch's generator if None.
+        q_start: for a part of a longer sequence, the position of its first query: an int, or an integer
+            tensor ``[B]``. Where it or `k_start` is given, masks, compact biases and dropout go by the
+            positions ``q_start + i`` and ``k_start + j``, and no `align` is read. `key_padding`,
+            `block_sparse` and tensors always go by the indices i and j.
+        k_start: the position of its first key.
         return_lse: also return the log-sum-exp of each row's scores.
         backend: ``"cpu"`` or ``"reference"``; an explicit one never falls back. The best that can run
             it if None; `fastattn.explain` tells which that is.
@@ -78,7 +95,7 @@ def attention(
     Returns:
         ``out`` ``[B, H, L_q, D_v]`` in q's dtype; with `return_lse` also ``lse`` ``[B, H, L_q]``, natural
         logarithm, float32 (float64 for float64 inputs), differentiable. A row with nothing to attend to
-        has out 0, lse -inf and gradients 0.
+        has out 0, lse -inf (its sink, where it has one) and gradients 0.
 
     Raises:
         ValueError: shapes, devices or options that do not fit, with the expected and the given.
@@ -96,13 +113,19 @@ def attention(
         >>> q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
         >>> fastattn.attention(q, k, v, mask=fastattn.causal()).shape
         torch.Size([1, 2, 5, 8])
+        >>> window = fastattn.sliding_window(2, 0)
+        >>> fastattn.attention(q, k, v, mask=window, bias=fastattn.alibi(torch.tensor([0.5, 0.25]))).shape
+        torch.Size([1, 2, 5, 8])
     """
     q, k, v = _autocast(q, k, v)
-    problem = _check(q, k, v, as_mask(mask), bias, dropout)
+    mask_, bias_ = as_mask(mask), as_bias(bias)
+    check_inputs(q, k, v)
+    check_options(q, k, mask_, bias_, softcap, sinks, dropout, q_start, k_start)
     chosen = _choose(q, k, v, backend)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
     seed = _as_seed(seed, dropout, q.device)
+    numbers = (float(scale), float(softcap or 0.0), float(dropout))
     # Dynamo takes no tensor twice as an input of an autograd function.
     if k is q:
         k = k.view_as(k)
@@ -110,22 +133,84 @@ def attention(
         v = v.view_as(v)
 
     if chosen == "reference":
-        out, lse = reference.attention(q, k, v, problem, bias, float(scale), float(dropout), seed)
-    else:
-        out, lse = library.Attention.apply(
-            q,
-            k,
-            v,
-            problem.dense,
-            problem.lengths,
-            bias,
-            seed,
-            problem.diagonal,
-            float(scale),
-            float(dropout),
-            chosen,
+        scale, cap, dropout = numbers
+        out, lse = reference.attention(
+            q, k, v, mask_, bias_, sinks, scale, cap, dropout, seed, q_start, k_start
         )
+    else:
+        problem = resolve(q, k, mask_, bias_, sinks, seed, q_start, k_start, *numbers)
+        out, lse = library.Attention.apply(q, k, v, *problem, chosen)
     return (out, lse) if return_lse else out
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    dlse: Tensor | None = None,
+    mask: Mask | Tensor | None = None,
+    bias: Bias | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    q_start: int | Tensor | None = None,
+    k_start: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `attention` for q, k and v, from rows whose out and lse are known.
+
+    What ring attention is made of: with the `out` and `lse` of rows that attended to keys on other devices as
+    well, it gives these keys' share of the gradients; dq is summed over the shares.
+
+    Args:
+        dout: ``[B, H, L_q, D_v]``, the gradient that reaches out.
+        q, k, v: as in `attention`.
+        out: ``[B, H, L_q, D_v]``, over all keys.
+        lse: ``[B, H, L_q]``, over all keys, and sinks where there are any.
+        dlse: ``[B, H, L_q]``, the gradient that reaches lse, or None.
+        mask, bias, scale, softcap, dropout, seed, q_start, k_start, backend: as in `attention`; with dropout
+            the seed has to be given.
+
+    Returns:
+        dq, dk and dv, of the shapes and dtype of q, k and v.
+
+    Raises: as `attention` does.
+
+    Example:
+        >>> import torch, fastattn
+        >>> q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+        >>> out, lse = fastattn.attention(q, k, v, return_lse=True)
+        >>> dq, dk, dv = attention_backward(torch.ones_like(out), q, k, v, out, lse)
+        >>> dk.shape
+        torch.Size([1, 2, 5, 8])
+    """
+    mask_, bias_ = as_mask(mask), as_bias(bias)
+    check_inputs(q, k, v)
+    check_options(q, k, mask_, bias_, softcap, None, dropout, q_start, k_start)
+    wanted = (q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+    for name, x, shape in (("dout", dout, wanted), ("out", out, wanted), ("lse", lse, wanted[:3])):
+        if x.shape != shape:
+            raise ValueError(f"{name}: expected {list(shape)}, got {list(x.shape)}")
+    if dropout > 0 and seed is None:
+        raise ValueError("seed: expected forward's, which decides what is dropped, got None")
+    chosen = _choose(q, k, v, backend)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[3])
+    seed = _as_seed(seed, dropout, q.device)
+    numbers = (float(scale), float(softcap or 0.0), float(dropout))
+    if chosen == "reference":
+        scale, cap, dropout = numbers
+        return reference.backward(
+            dout, dlse, q, k, v, out, lse, mask_, bias_, scale, cap, dropout, seed, q_start, k_start
+        )
+    problem = resolve(q, k, mask_, bias_, None, seed, q_start, k_start, *numbers)
+    saved = (dout, dlse, q, k, v, out, lse)
+    return library.gradient(torch.ops.fastattn.attention_backward, (*saved, *problem, chosen))  # type: ignore[no-any-return]
 
 
 def explain(
@@ -134,10 +219,14 @@ def explain(
     v: Tensor,
     *,
     mask: Mask | Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Bias | Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
+    q_start: int | Tensor | None = None,
+    k_start: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Explanation:
@@ -158,8 +247,9 @@ def explain(
         'reference'
     """
     q, k, v = _autocast(q, k, v)
-    _check(q, k, v, as_mask(mask), bias, dropout)
-    _check_seed(seed, q.device)
+    check_inputs(q, k, v)
+    check_options(q, k, as_mask(mask), as_bias(bias), softcap, sinks, dropout, q_start, k_start)
+    check_seed(seed, q.device)
     reasons = {name: _unsupported(name, q, k, v) for name in _backends.NAMES}
     if backend is not None:
         _check_name(backend)
@@ -186,97 +276,8 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> Mask:
-    """Raise for what no backend takes; return the mask with its tensors in full rank."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name}: expected 4 dimensions [batch, heads, length, head_dim], got {list(x.shape)}"
-            )
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
-    batch, heads, q_length, head_dim = q.shape
-    kv_heads, k_length = k.shape[1], k.shape[2]
-    if k.shape[0] != batch or v.shape[0] != batch:
-        raise ValueError(f"batch: expected q's {batch}, got {k.shape[0]} in k and {v.shape[0]} in v")
-    if v.shape[1] != kv_heads or v.shape[2] != k_length:
-        raise ValueError(f"v: expected k's heads and length {[kv_heads, k_length]}, got {list(v.shape[1:3])}")
-    if k.shape[3] != head_dim:
-        raise ValueError(f"k: expected q's head_dim {head_dim}, got {k.shape[3]}")
-    for name, dim in (("q and k", head_dim), ("v", v.shape[3])):
-        if not 1 <= dim <= MAX_HEAD_DIM:
-            raise ValueError(f"head_dim of {name}: expected 1 to {MAX_HEAD_DIM}, got {dim}")
-    if kv_heads == 0 or heads % kv_heads != 0:
-        raise ValueError(f"heads: expected k's {kv_heads} to divide q's {heads}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-
-    full = (batch, heads, q_length, k_length)
-    dense = mask.dense
-    if dense is not None:
-        dense = dense[(None,) * (4 - dense.dim())] if dense.dim() < 4 else dense
-        _check_broadcast("mask", dense, full, q.device)
-    if mask.lengths is not None:
-        if mask.lengths.shape[0] != batch:
-            raise ValueError(
-                f"key_padding(lengths): expected {batch} lengths (batch), got {mask.lengths.shape[0]}"
-            )
-        if mask.lengths.device != q.device:
-            raise ValueError(f"key_padding(lengths): expected device {q.device}, got {mask.lengths.device}")
-        _check_lengths(mask.lengths, k_length)
-    if bias is not None:
-        if not isinstance(bias, Tensor) or bias.dtype not in _DTYPES:
-            got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
-            raise TypeError(
-                f"bias: expected float32, bfloat16, float16 or float64, got {got} "
-                "(a bool tensor is passed as mask=)"
-            )
-        if bias.dim() != 4:
-            raise ValueError(
-                f"bias: expected 4 dimensions broadcastable to {list(full)}, got {list(bias.shape)}"
-            )
-        _check_broadcast("bias", bias, full, q.device)
-    return Mask(mask.diagonal, mask.lengths, dense)
-
-
-def _check_lengths(lengths: Tensor, k_length: int) -> None:
-    """Raise for lengths out of range where reading them is free: plain tensors in CPU memory."""
-    if torch.compiler.is_compiling() or type(lengths) is not Tensor or lengths.device.type != "cpu":
-        return
-    if torch._C._functorch.is_batchedtensor(lengths):
-        return
-    given = lengths.tolist()
-    if any(not 0 <= n <= k_length for n in given):
-        raise ValueError(f"key_padding(lengths): expected values from 0 to {k_length} (L_k), got {given}")
-
-
-def _check_broadcast(name: str, x: Tensor, full: tuple[int, ...], device: torch.device) -> None:
-    if x.dim() != 4 or any(have != 1 and have != want for have, want in zip(x.shape, full, strict=True)):
-        raise ValueError(f"{name}: expected a shape broadcastable to {list(full)}, got {list(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"{name}: expected q's device {device}, got {x.device}")
-
-
-def _check_seed(seed: int | Tensor | None, device: torch.device) -> None:
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
-            raise ValueError(
-                f"seed: expected an int64 tensor [1] on {device}, "
-                f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
-            )
-    elif seed is not None:
-        if isinstance(seed, float):
-            raise TypeError(f"seed: expected an int or an int64 tensor, got {seed}")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed: expected an int in [0, 2^63), got {seed}")
-
-
 def _as_seed(seed: int | Tensor | None, dropout: float, device: torch.device) -> Tensor | None:
-    _check_seed(seed, device)
+    check_seed(seed, device)
     if dropout == 0:
         return None
     if isinstance(seed, Tensor):

@@ -1,6 +1,6 @@
 """Attention by the C++ kernels: lays the tensors out for them. Speaks to `csrc/attention/attention.cpp`.
 
-`problem` is what the schemas in `library.py` share: mask, lengths, bias, seed, diagonal, scale, dropout.
+`problem` is what the schemas in `library.py` share: the fields of `Problem`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastattn import _backends
-from fastattn.ops.attention.library import new_heads_last
+from fastattn.ops.attention.library import WANTED, new_gradient, new_heads_last
 from fastattn.ops.attention.philox import drop_threshold
+from fastattn.ops.attention.problem import Problem
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,7 @@ def backward(
     return dq, dk, dv
 
 
-def bias_backward(
+def parameter_backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -53,13 +54,15 @@ def bias_backward(
     out: Tensor,
     lse: Tensor,
     *problem: Any,
-) -> Tensor:
-    """`fastattn::attention_bias_backward` on CPU."""
-    bias: Tensor = problem[2]
-    dbias = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fastattn::attention_parameter_backward` on CPU."""
+    *given, wanted = problem
+    dbias, drelative, dsinks = (new_gradient(given[i], wanted & bit, lse) for i, bit in WANTED.items())
     saved = _saved(dout, dlse, q, k, v, out, lse)
-    torch.ops.fastattn_cpu.attention_bias_backward(*saved, *_problem(*problem), dbias)
-    return dbias.to(bias.dtype)
+    torch.ops.fastattn_cpu.attention_parameter_backward(
+        *saved, *_problem(*given), wanted, dbias, drelative, dsinks
+    )
+    return dbias, drelative, dsinks
 
 
 def _saved(
@@ -75,17 +78,14 @@ def _unit_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _problem(
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    diagonal: int,
-    scale: float,
-    dropout: float,
-) -> tuple[object, ...]:
-    if bias is not None and bias.dtype == torch.float64:
-        bias = bias.to(torch.float32)
-    if lengths is not None:
-        lengths = lengths.contiguous()
-    return mask, lengths, bias, seed, diagonal, scale, drop_threshold(dropout), _backends.cpu_isa_id()
+def _problem(*problem: Any) -> tuple[object, ...]:
+    p = Problem(*problem)
+    if p.bias is not None and p.bias.dtype == torch.float64:
+        p = p._replace(bias=p.bias.to(torch.float32))
+    compact = {
+        name: x.contiguous()
+        for name in ("blocks", "ranges", "relative", "origin", "sinks")
+        if (x := getattr(p, name)) is not None
+    }
+    p = p._replace(**compact)
+    return (*p[:-1], drop_threshold(p.dropout), _backends.cpu_isa_id())

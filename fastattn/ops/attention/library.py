@@ -10,30 +10,34 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+# The fields of `Problem`, in its order.
 _PROBLEM = (
-    "Tensor? mask, Tensor? lengths, Tensor? bias, Tensor? seed, "
-    "int diagonal, float scale, float dropout, str backend"
+    "Tensor? mask, Tensor? blocks, Tensor? ranges, Tensor? bias, Tensor? relative, Tensor? origin, "
+    "Tensor? sinks, Tensor? seed, int left, int right, bool bottom_right, SymInt q_start, SymInt k_start, "
+    "int block_q, int block_k, float scale, float softcap, float dropout, str backend"
 )
+_SAVED = "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse"
 torch.library.define(
     "fastattn::attention_forward",
     f"(Tensor q, Tensor k, Tensor v, {_PROBLEM}) -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
-    "fastattn::attention_backward",
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_PROBLEM}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "fastattn::attention_backward", f"({_SAVED}, {_PROBLEM}) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
+# The gradients of the problem's own tensors that the bits of `wanted` name, in float32; the others are empty.
 torch.library.define(
-    "fastattn::attention_bias_backward",
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_PROBLEM}) -> Tensor dbias",
+    "fastattn::attention_parameter_backward",
+    f"({_SAVED}, {_PROBLEM}, int wanted) -> (Tensor dbias, Tensor drelative, Tensor dsinks)",
 )
+# Where the tensors of a problem stand among an op's arguments, and the bits of `wanted`.
+_BIAS, _RELATIVE, _SINKS, _TENSORS, _DROPOUT = 3, 4, 6, 8, 17
+WANTED: Final = {_BIAS: 1, _RELATIVE: 2, _SINKS: 4}
 
 # Which module computes for which `backend`; imported when an op first runs on it.
 _KERNELS = {"cpu": "fastattn.ops.attention.cpu"}
@@ -55,10 +59,11 @@ def _backward(dout: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return grads
 
 
-@torch.library.impl("fastattn::attention_bias_backward", ("cpu", "cuda"))
-def _bias_backward(dout: Tensor, *args: Any) -> Tensor:
-    dbias: Tensor = _kernels(args[-1]).bias_backward(dout, *args[:-1])
-    return dbias
+@torch.library.impl("fastattn::attention_parameter_backward", ("cpu", "cuda"))
+def _parameter_backward(dout: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *problem, backend, wanted = args
+    grads: tuple[Tensor, Tensor, Tensor] = _kernels(backend).parameter_backward(dout, *problem, wanted)
+    return grads
 
 
 def new_heads_last(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
@@ -84,10 +89,23 @@ def _fake_backward(
     return tuple(new_heads_last(x, x.shape[0], x.shape[1], x.shape[2], x.shape[3]) for x in (q, k, v))
 
 
-@torch.library.register_fake("fastattn::attention_bias_backward")
-def _fake_bias_backward(*args: Any) -> Tensor:
-    bias: Tensor = args[9]
-    return bias.new_empty(bias.shape)
+@torch.library.register_fake("fastattn::attention_parameter_backward")
+def _fake_parameter_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *problem: Any,
+) -> tuple[Tensor, ...]:
+    return tuple(new_gradient(problem[i], problem[-1] & bit, lse) for i, bit in WANTED.items())
+
+
+def new_gradient(of: Tensor | None, wanted: int, like: Tensor) -> Tensor:
+    """Uninitialised float32 of the shape of `of`, in contiguous memory; empty where it is not wanted."""
+    return like.new_empty(of.shape if of is not None and wanted else (0,), dtype=torch.float32)
 
 
 def _attention_flops(
@@ -110,11 +128,11 @@ def _backward_flops(
     return _attention_flops(5, q, k, v)
 
 
-@register_flop_formula(torch.ops.fastattn.attention_bias_backward)
-def _bias_backward_flops(
+@register_flop_formula(torch.ops.fastattn.attention_parameter_backward)
+def _parameter_backward_flops(
     dout: Any, dlse: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
-    return _attention_flops(2, q, k, v)
+    return _attention_flops(2 if args[-1] & (WANTED[_BIAS] | WANTED[_RELATIVE]) else 0, q, k, v)
 
 
 class Attention(torch.autograd.Function):
@@ -126,44 +144,79 @@ class Attention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        lengths: Tensor | None,
+        blocks: Tensor | None,
+        ranges: Tensor | None,
         bias: Tensor | None,
+        relative: Tensor | None,
+        origin: Tensor | None,
+        sinks: Tensor | None,
         seed: Tensor | None,
-        diagonal: int,
+        left: int,
+        right: int,
+        bottom_right: bool,
+        q_start: int,
+        k_start: int,
+        block_q: int,
+        block_k: int,
         scale: float,
+        softcap: float,
         dropout: float,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         return torch.ops.fastattn.attention_forward(  # type: ignore[no-any-return]
-            q, k, v, mask, lengths, bias, seed, diagonal, scale, dropout, backend
+            q,
+            k,
+            v,
+            mask,
+            blocks,
+            ranges,
+            bias,
+            relative,
+            origin,
+            sinks,
+            seed,
+            left,
+            right,
+            bottom_right,
+            q_start,
+            k_start,
+            block_q,
+            block_k,
+            scale,
+            softcap,
+            dropout,
+            backend,
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, mask, lengths, bias, seed = inputs[:7]
-        ctx.options = inputs[7:]
-        ctx.save_for_backward(q, k, v, *output, mask, lengths, bias, seed)
+        ctx.options = inputs[3 + _TENSORS :]
+        ctx.save_for_backward(*inputs[:3], *output, *inputs[3 : 3 + _TENSORS])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, mask, lengths, bias, seed = ctx.saved_tensors
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        problem = (dout, dlse, q, k, v, out, lse, mask, lengths, bias, seed, *ctx.options)
-        dq = dk = dv = dbias = None
+        problem = (dout, dlse, q, k, v, out, lse, *tensors, *ctx.options)
+        grads: list[Tensor | None] = [None] * (3 + _TENSORS + len(ctx.options))
         if any(ctx.needs_input_grad[:3]):
-            dq, dk, dv = _gradient(torch.ops.fastattn.attention_backward, problem)
-        if ctx.needs_input_grad[5]:
-            dbias = _gradient(torch.ops.fastattn.attention_bias_backward, problem)
-        return dq, dk, dv, None, None, dbias, None, None, None, None, None
+            grads[:3] = gradient(torch.ops.fastattn.attention_backward, problem)
+        wanted = sum(bit for i, bit in WANTED.items() if ctx.needs_input_grad[3 + i])
+        if wanted:
+            found = gradient(torch.ops.fastattn.attention_parameter_backward, (*problem, wanted))
+            for (i, bit), grad in zip(WANTED.items(), found, strict=True):
+                grads[3 + i] = grad.to(tensors[i].dtype) if wanted & bit else None
+        return tuple(grads)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, tuple[int, int]]:
         """Fold the mapped axis into the batch."""
-        fold = _Fold(info.batch_size, inputs[0], in_dims[0], dropout=inputs[9])
-        folded = fold.tensors(inputs[:7], in_dims, broadcast=(3, 5))
-        out, lse = Attention.apply(*folded, *inputs[7:])
+        fold = _Fold(info.batch_size, inputs[0], in_dims[0], dropout=inputs[3 + _DROPOUT])
+        some = 3 + _TENSORS
+        folded = fold.tensors(inputs[:some], in_dims, broadcast=range(3, some))
+        out, lse = Attention.apply(*folded, *inputs[some:])
         return (fold.undo(out), fold.undo(lse)), (0, 0)
 
 
@@ -187,20 +240,29 @@ class Gradient(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], op: Any, *problem: Any) -> tuple[Any, Any]:
         """Fold the mapped axis into the batch."""
-        fold = _Fold(info.batch_size, problem[2], in_dims[3], dropout=problem[13])
-        wants_bias = op is torch.ops.fastattn.attention_bias_backward
+        fold = _Fold(info.batch_size, problem[2], in_dims[3], dropout=problem[7 + _DROPOUT])
+        some = 7 + _TENSORS
+        own = op is torch.ops.fastattn.attention_parameter_backward
         # A bias shared by the samples of a batch still has a gradient for each mapped one.
-        broadcast = (7,) if wants_bias else (7, 9)
-        found = Gradient.apply(op, *fold.tensors(problem[:11], in_dims[1:], broadcast), *problem[11:])
-        if not wants_bias:
+        alone = [7 + i for i in WANTED] if own else []
+        broadcast = [i for i in range(7, some) if i not in alone]
+        found = Gradient.apply(op, *fold.tensors(problem[:some], in_dims[1:], broadcast), *problem[some:])
+        if not own:
             return tuple(fold.undo(x) for x in found), (0, 0, 0)
-        dbias = fold.undo(found)
-        bias, dim = problem[9], in_dims[10]
-        shared = (bias if dim is None else bias.select(dim, 0)).shape[0] == 1
-        return (dbias.sum(1, keepdim=True) if shared and fold.batch > 1 else dbias), 0
+        grads = []
+        for (i, bit), grad in zip(WANTED.items(), found, strict=True):
+            if not problem[-1] & bit:
+                grads.append(grad.new_empty((fold.size, 0)))
+                continue
+            given, dim = problem[7 + i], in_dims[8 + i]
+            shared = (given if dim is None else given.select(dim, 0)).shape[0] == 1
+            each = fold.undo(grad)
+            grads.append(each.sum(1, keepdim=True) if shared and fold.batch > 1 else each)
+        return tuple(grads), (0, 0, 0)
 
 
-def _gradient(op: Any, problem: tuple[Any, ...]) -> Any:
+def gradient(op: Any, problem: tuple[Any, ...]) -> Any:
+    """A backward op's results, which refuse to be differentiated again."""
     # Compiled graphs have no second derivative, and say so.
     return op(*problem) if torch.compiler.is_compiling() else Gradient.apply(op, *problem)
 

@@ -1,68 +1,102 @@
 """Attention masks as data: what may attend to what, in a form every backend can skip blocks by.
 
-A mask is a conjunction of constraints. `causal()` and `key_padding()` name the structured ones, a bool
-tensor is the general one, and `&` joins them:
+A mask is made of constraints, joined by ``&`` and ``|``; a bool tensor may stand for any of them:
 
 >>> import torch, fastattn
 >>> mask = fastattn.causal() & fastattn.key_padding(torch.tensor([3, 5]))
 >>> mask.to_dense(batch=2, q_length=5, k_length=5).shape
 torch.Size([2, 1, 5, 5])
+>>> streaming = fastattn.sliding_window(2, 0) | fastattn.causal() & fastattn.prefix(1)
+>>> streaming.to_dense(batch=1, q_length=5, k_length=5)[0, 0, 4].int()
+tensor([1, 0, 1, 1, 1], dtype=torch.int32)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-# Bits of `Mask.diagonal`: both may be set, then the tighter one holds.
-TOP_LEFT: Final = 1
-BOTTOM_RIGHT: Final = 2
+from fastattn.ops.attention.constraints import (
+    Band,
+    Blocks,
+    Chunk,
+    Constraint,
+    Dense,
+    Documents,
+    Lengths,
+    Positions,
+    Prefix,
+)
 
 Align = Literal["bottom_right", "top_left"]
-_ALIGN: Final[dict[str, int]] = {"top_left": TOP_LEFT, "bottom_right": BOTTOM_RIGHT}
+Clause = tuple[Constraint, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """A conjunction of constraints; build one with `causal`, `key_padding`, a bool tensor, and `&`.
+    """What a query may attend to: a key that every constraint of one of the clauses keeps.
+
+    Build one with `causal`, `sliding_window`, `prefix`, `chunked`, `documents`, `key_padding`,
+    `block_sparse` or a bool tensor, and ``&`` and ``|``. ``Mask()`` masks nothing.
 
     Attributes:
-        diagonal: bit set of `TOP_LEFT` and `BOTTOM_RIGHT`; 0 where the mask is not causal.
-        lengths: int64 ``[B]``, keys ``j >= lengths[b]`` are masked, or None.
-        dense: bool, broadcastable to ``[B, H, L_q, L_k]``, True = may attend, or None.
+        clauses: a disjunction of conjunctions of `Constraint`.
     """
 
-    diagonal: int = 0
-    lengths: Tensor | None = None
-    dense: Tensor | None = None
+    clauses: tuple[Clause, ...] = ((),)
 
     def __and__(self, other: Mask | Tensor) -> Mask:
         if not isinstance(other, (Mask, Tensor)):
             return NotImplemented
         other = as_mask(other)
-        lengths, dense = self.lengths, self.dense
-        if other.lengths is not None:
-            if lengths is not None and lengths.shape != other.lengths.shape:
-                raise ValueError(
-                    f"key_padding(lengths) & key_padding(lengths): expected the same batch, "
-                    f"got {list(lengths.shape)} and {list(other.lengths.shape)}"
-                )
-            lengths = other.lengths if lengths is None else torch.minimum(lengths, other.lengths)
-        if other.dense is not None:
-            dense = other.dense if dense is None else dense & other.dense
-        return Mask(self.diagonal | other.diagonal, lengths, dense)
+        return Mask(tuple(_join(a, b) for a in self.clauses for b in other.clauses))
+
+    def __or__(self, other: Mask | Tensor) -> Mask:
+        if not isinstance(other, (Mask, Tensor)):
+            return NotImplemented
+        clauses = (*self.clauses, *as_mask(other).clauses)
+        return Mask() if any(not clause for clause in clauses) else Mask(clauses)
 
     __rand__ = __and__
+    __ror__ = __or__
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """``mask & tensor`` under `torch.compile`, which takes an operator with a tensor to be torch's."""
         if func in (Tensor.__and__, Tensor.__rand__, Tensor.bitwise_and):
             return as_mask(args[0]) & as_mask(args[1])
+        if func in (Tensor.__or__, Tensor.__ror__, Tensor.bitwise_or):
+            return as_mask(args[0]) | as_mask(args[1])
         return NotImplemented
+
+    @property
+    def documents(self) -> Documents | None:
+        """The documents that positions count from.
+
+        Raises:
+            ValueError: the clauses of the mask do not have the same.
+        """
+        found = [next((c for c in clause if isinstance(c, Documents)), None) for clause in self.clauses]
+        if any(one is not found[0] for one in found):
+            raise ValueError(
+                "documents: expected the same documents(...) in every part of a mask joined by |, "
+                "where a compact bias counts positions from their start"
+            )
+        return found[0]
+
+    def to(self, device: torch.device | str) -> Mask:
+        """The same mask with its tensors on `device`."""
+        return self.map(lambda x: x.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Mask:
+        """The same mask with every tensor in it replaced by what `change` makes of it."""
+        # What several clauses share, they share still.
+        changed = {id(c): c.map(change) for clause in self.clauses for c in clause}
+        return Mask(tuple(tuple(changed[id(c)] for c in clause) for clause in self.clauses))
 
     def to_dense(
         self,
@@ -70,37 +104,53 @@ class Mask:
         batch: int,
         q_length: int,
         k_length: int,
+        q_start: int | Tensor | None = None,
+        k_start: int | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor | None:
         """The same mask as one bool tensor.
 
         Args:
-            batch: B; checked against nothing, a mask without lengths keeps a batch size of 1.
+            batch: B; checked against nothing, a mask that is the same for all keeps a batch size of 1.
             q_length: L_q.
             k_length: L_k.
+            q_start: position of the first query, as in `fastattn.attention`.
+            k_start: position of the first key, as in `fastattn.attention`.
             device: where to make it; the device of the mask's tensors if None.
 
         Returns:
-            bool, broadcastable to ``[B, H, L_q, L_k]``, True = may attend; None for the empty conjunction.
+            bool, broadcastable to ``[B, H, L_q, L_k]``, True = may attend; None where nothing is masked.
         """
         if device is None:
-            given = self.dense if self.dense is not None else self.lengths
-            device = None if given is None else given.device
-        keep = self.dense
-        key = torch.arange(k_length, device=device)
-        query = torch.arange(q_length, device=device)[:, None]
-        if self.diagonal & TOP_LEFT:
-            band = key <= query
-            keep = band if keep is None else keep & band
-        if self.diagonal & BOTTOM_RIGHT:
-            band = key <= query + (k_length - q_length)
-            keep = band if keep is None else keep & band
-        if self.lengths is not None:
-            real = key < self.lengths.view(-1, 1, 1, 1)
-            keep = real if keep is None else keep & real
-        if keep is not None and keep.dim() < 4:
-            keep = keep[(None,) * (4 - keep.dim())]
+            device = next((x.device for clause in self.clauses for c in clause for x in c.tensors()), "cpu")
+        keep: Tensor | None = None
+        for clause in self.clauses:
+            if not clause:
+                return None
+            positions = Positions(q_length, k_length, q_start, k_start, device, documents_of(clause))
+            all_of = clause[0].to_dense(positions)
+            for constraint in clause[1:]:
+                all_of = all_of & constraint.to_dense(positions)
+            keep = all_of if keep is None else keep | all_of
         return keep
+
+
+def documents_of(clause: Clause) -> Documents | None:
+    return next((c for c in clause if isinstance(c, Documents)), None)
+
+
+def _join(a: Clause, b: Clause) -> Clause:
+    """Both clauses; those of their constraints that are one when joined, joined."""
+    joined = list(a)
+    for constraint in b:
+        for i, mine in enumerate(joined):
+            both = mine.join(constraint)
+            if both is not None:
+                joined[i] = both
+                break
+        else:
+            joined.append(constraint)
+    return tuple(joined)
 
 
 def causal(align: Align = "bottom_right") -> Mask:
@@ -110,10 +160,11 @@ def causal(align: Align = "bottom_right") -> Mask:
         align: which corner the diagonal ends in when L_q ≠ L_k. ``"bottom_right"`` (flash-attn): the last
             query sees the last key, query i sees keys ``j <= i + L_k - L_q``. ``"top_left"``
             (`torch.nn.functional.scaled_dot_product_attention`): the first query sees the first key,
-            ``j <= i``. With L_q = L_k they are the same.
+            ``j <= i``. With L_q = L_k they are the same. Not used where positions are given
+            (`fastattn.attention(q_start=)`).
 
     Returns:
-        A mask, to be passed as `fastattn.attention(..., mask=)` or joined with others by ``&``.
+        A mask, to be passed as `fastattn.attention(..., mask=)` or joined with others by ``&`` and ``|``.
 
     Raises:
         ValueError: for another `align`.
@@ -126,9 +177,148 @@ def causal(align: Align = "bottom_right") -> Mask:
         tensor([[1, 0, 0],
                 [1, 1, 0]], dtype=torch.int32)
     """
-    if align not in _ALIGN:
-        raise ValueError(f"causal(align=): expected one of {sorted(_ALIGN)}, got {align!r}")
-    return Mask(diagonal=_ALIGN[align])
+    return Mask(((Band(None, 0, _is_bottom_right("causal", align)),),))
+
+
+def sliding_window(left: int | None, right: int | None, align: Align = "bottom_right") -> Mask:
+    """A query attends to the keys from `left` positions before its own to `right` behind it, both included.
+
+    The work is proportional to the window: ``sliding_window(255, 0)`` is causal attention to 256 keys, its
+    own among them.
+
+    Args:
+        left: how many positions back; None for all.
+        right: how many positions ahead; None for all.
+        align: as in `causal`.
+
+    Returns:
+        A mask.
+
+    Raises:
+        ValueError: a negative number, or another `align`.
+
+    Source: Beltagy et al., "Longformer", 2020 (arXiv 2004.05150).
+
+    Example:
+        >>> sliding_window(1, 0).to_dense(batch=1, q_length=3, k_length=3)[0, 0].int()
+        tensor([[1, 0, 0],
+                [1, 1, 0],
+                [0, 1, 1]], dtype=torch.int32)
+    """
+    for name, size in (("left", left), ("right", right)):
+        if size is not None and size < 0:
+            raise ValueError(f"sliding_window({name}=): expected 0 or more, or None for all, got {size}")
+    return Mask(((Band(left, right, _is_bottom_right("sliding_window", align)),),))
+
+
+def prefix(n: int | Tensor) -> Mask:
+    """Every query attends to the first `n` keys.
+
+    With causal attention to the rest this is the prefix language model: ``causal() | prefix(n)``.
+
+    Args:
+        n: how many; an int, or an integer tensor ``[B]`` for a number of each sequence's own.
+
+    Returns:
+        A mask.
+
+    Raises:
+        ValueError: a negative int, or a tensor that is not one-dimensional.
+        TypeError: not an int or an integer tensor.
+
+    Source: Raffel et al., "T5", 2020 (arXiv 1910.10683), §3.2.1.
+
+    Example:
+        >>> (causal() | prefix(2)).to_dense(batch=1, q_length=3, k_length=3)[0, 0].int()
+        tensor([[1, 1, 0],
+                [1, 1, 0],
+                [1, 1, 1]], dtype=torch.int32)
+    """
+    if isinstance(n, Tensor):
+        return Mask(((Prefix(_integers("prefix(n)", n)),),))
+    if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)):
+        raise TypeError(f"prefix(n): expected an int or an integer tensor [B], got {type(n).__name__}")
+    if n < 0:
+        raise ValueError(f"prefix(n): expected 0 or more, got {n}")
+    return Mask(((Prefix(n),),))
+
+
+def chunked(size: int, align: Align = "bottom_right") -> Mask:
+    """A query attends to the keys in its own chunk of `size` positions.
+
+    Chunks are counted from the first key. Joined with `causal` this is the local attention of Llama 4.
+
+    Args:
+        size: positions a chunk.
+        align: as in `causal`: which key a query's own position is.
+
+    Returns:
+        A mask.
+
+    Raises:
+        ValueError: `size` below 1, or another `align`.
+
+    Example:
+        >>> (causal() & chunked(2)).to_dense(batch=1, q_length=4, k_length=4)[0, 0].int()
+        tensor([[1, 0, 0, 0],
+                [1, 1, 0, 0],
+                [0, 0, 1, 0],
+                [0, 0, 1, 1]], dtype=torch.int32)
+    """
+    if size < 1:
+        raise ValueError(f"chunked(size): expected 1 or more, got {size}")
+    return Mask(((Chunk(size, _is_bottom_right("chunked", align)),),))
+
+
+def documents(
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    position_ids: Tensor | None = None,
+) -> Mask:
+    """Documents packed behind one another in one sequence: a query attends to the keys of its own.
+
+    Positions count from each document's start: `causal`, `sliding_window`, `chunked`, `prefix` and the
+    compact biases joined with it act inside every document as they would on the document alone, with their
+    `align` between its own queries and keys. Queries behind the last document attend to nothing.
+
+    Args:
+        cu_seqlens: integer tensor ``[N + 1]``: document n has the queries from ``cu_seqlens[n]`` to before
+            ``cu_seqlens[n + 1]``, the first is 0. The same for all sequences of the batch.
+        cu_seqlens_k: the same for the keys, with as many documents; `cu_seqlens` if None.
+        position_ids: instead of these, an integer tensor ``[B, L]`` or ``[1, L]`` for L queries and L keys:
+            a new document begins wherever it does not go on counting by one.
+
+    Returns:
+        A mask.
+
+    Raises:
+        TypeError: not integer tensors.
+        ValueError: shapes that do not fit, or not just one of `cu_seqlens` and `position_ids` given.
+
+    Example:
+        >>> documents(torch.tensor([0, 1, 3])).to_dense(batch=1, q_length=3, k_length=3)[0, 0].int()
+        tensor([[1, 0, 0],
+                [0, 1, 1],
+                [0, 1, 1]], dtype=torch.int32)
+    """
+    if (cu_seqlens is None) == (position_ids is None):
+        raise ValueError("documents: expected cu_seqlens or position_ids, and not both")
+    if position_ids is not None:
+        if cu_seqlens_k is not None:
+            raise ValueError(
+                "documents(position_ids=): expected no cu_seqlens_k, queries and keys are the same"
+            )
+        return Mask(((Documents(None, None, _integers("documents(position_ids=)", position_ids, 2)),),))
+    assert cu_seqlens is not None
+    cu_q = _integers("documents(cu_seqlens)", cu_seqlens)
+    cu_k = cu_q if cu_seqlens_k is None else _integers("documents(cu_seqlens_k)", cu_seqlens_k)
+    if cu_k.shape != cu_q.shape or cu_q.shape[0] < 1:
+        raise ValueError(
+            "documents: expected cu_seqlens and cu_seqlens_k of one shape [N + 1], "
+            f"got {list(cu_q.shape)} and {list(cu_k.shape)}"
+        )
+    return Mask(((Documents(cu_q, cu_k, None),),))
 
 
 def key_padding(lengths: Tensor) -> Mask:
@@ -151,15 +341,47 @@ def key_padding(lengths: Tensor) -> Mask:
         tensor([[1, 0, 0],
                 [1, 1, 1]], dtype=torch.int32)
     """
-    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"key_padding(lengths): expected an integer tensor, got {got}")
-    if lengths.dim() != 1:
+    hint = "; a [B, L_k] bool tensor is a mask of its own: pass keep[:, None, None, :]"
+    return Mask(((Lengths(_integers("key_padding(lengths)", lengths, hint=hint)),),))
+
+
+def block_sparse(blocks: Tensor, block_size: int | tuple[int, int]) -> Mask:
+    """Blocks of queries attend to blocks of keys, or not; what is not is not computed.
+
+    Args:
+        blocks: bool ``[N_q, N_k]`` or ``[B, H, N_q, N_k]`` (B and H may be 1), True = may attend, with
+            ``N_q = ceil(L_q / block_size)`` and ``N_k = ceil(L_k / block_size)``.
+        block_size: queries and keys a block; two ints where they are not the same. Multiples of 32 keys and
+            of 96 queries are skipped without waste on every CPU.
+
+    Returns:
+        A mask.
+
+    Raises:
+        TypeError: `blocks` is not a bool tensor.
+        ValueError: `blocks` has neither 2 nor 4 dimensions, or a block size is below 1.
+
+    Source: Dao et al., "FlashAttention", NeurIPS 2022 (arXiv 2205.14135), §3.3.
+
+    Example:
+        >>> blocks = torch.tensor([[True, False], [True, True]])
+        >>> block_sparse(blocks, 2).to_dense(batch=1, q_length=4, k_length=3)[0, 0].int()
+        tensor([[1, 1, 0],
+                [1, 1, 0],
+                [1, 1, 1],
+                [1, 1, 1]], dtype=torch.int32)
+    """
+    q_size, k_size = (block_size, block_size) if isinstance(block_size, int) else block_size
+    if not isinstance(blocks, Tensor) or blocks.dtype != torch.bool:
+        got = blocks.dtype if isinstance(blocks, Tensor) else type(blocks).__name__
+        raise TypeError(f"block_sparse(blocks): expected a bool tensor, got {got}")
+    if blocks.dim() not in (2, 4):
         raise ValueError(
-            f"key_padding(lengths): expected shape [B], got {list(lengths.shape)}; "
-            "a [B, L_k] bool tensor is a mask of its own: pass keep[:, None, None, :]"
+            f"block_sparse(blocks): expected [N_q, N_k] or [B, H, N_q, N_k], got {list(blocks.shape)}"
         )
-    return Mask(lengths=lengths.to(torch.int64))
+    if q_size < 1 or k_size < 1:
+        raise ValueError(f"block_sparse(block_size): expected 1 or more, got {block_size}")
+    return Mask(((Blocks(blocks[(None,) * (4 - blocks.dim())], q_size, k_size),),))
 
 
 def as_mask(mask: Any) -> Mask:
@@ -178,10 +400,26 @@ def as_mask(mask: Any) -> Mask:
                 f"mask: expected a bool tensor (True = may attend), got {mask.dtype}; "
                 "an additive float mask is passed as bias="
             )
-        return Mask(dense=mask)
+        return Mask(((Dense(mask),),))
     hint = (
         "; masks are made by a call: mask=fastattn.causal()"
         if callable(mask) or isinstance(mask, str)
         else ""
     )
     raise TypeError(f"mask: expected a fastattn mask, a bool tensor or None, got {type(mask).__name__}{hint}")
+
+
+def _is_bottom_right(name: str, align: str) -> bool:
+    if align not in ("bottom_right", "top_left"):
+        raise ValueError(f"{name}(align=): expected one of ['bottom_right', 'top_left'], got {align!r}")
+    return align == "bottom_right"
+
+
+def _integers(name: str, x: Tensor, dim: int = 1, hint: str = "") -> Tensor:
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected an integer tensor, got {got}")
+    if x.dim() != dim:
+        shape = "one dimension" if dim == 1 else f"{dim} dimensions"
+        raise ValueError(f"{name}: expected {shape}, got {list(x.shape)}{hint}")
+    return x.to(torch.int64)

@@ -51,28 +51,33 @@ def drop_threshold(dropout: float) -> int:
     return min(round(dropout * 65536), 65535)
 
 
-def dropout_keep(seed: Tensor, dropout: float, shape: tuple[int, int, int, int]) -> Tensor:
+def dropout_keep(
+    seed: Tensor, dropout: float, shape: tuple[int, int, int, int], q_start: int = 0, k_start: int = 0
+) -> Tensor:
     """Which probabilities survive dropout.
 
     Args:
         seed: int64 ``[1]``.
         dropout: probability in [0, 1), taken in 65,536ths.
         shape: (B, H, L_q, L_k).
+        q_start: position of the first query.
+        k_start: position of the first key.
 
     Returns:
         bool ``[B, H, L_q, L_k]``, True = kept.
     """
     batch, heads, q_length, k_length = shape
     device = seed.device
-    groups = (k_length + 127) // 128
+    first, offset = k_start // 128, k_start % 128
+    groups = (offset + k_length + 127) // 128
     # Counter word 0 of the 16 lanes of each group of 128 keys.
-    c0 = torch.arange(16 * groups, device=device)
-    c1 = torch.arange(q_length, device=device)[:, None]
+    c0 = torch.arange(16 * groups, device=device) + 16 * first
+    c1 = torch.arange(q_length, device=device)[:, None] + q_start
     c2 = torch.arange(heads, device=device)[:, None, None]
     c3 = torch.arange(batch, device=device)[:, None, None, None]
     words = torch.stack(torch.broadcast_tensors(*philox((c0, c1, c2, c3), seed)), dim=-1)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-2)  # [B, H, L_q, 16 g, 8]
     # lane l, half-word t of group g belongs to key 128 g + 16 t + l
-    bits = halves.unflatten(-2, (groups, 16)).transpose(-1, -2).flatten(-3)[..., :k_length]
-    keep: Tensor = bits >= drop_threshold(dropout)
+    bits = halves.unflatten(-2, (groups, 16)).transpose(-1, -2).flatten(-3)
+    keep: Tensor = bits[..., offset : offset + k_length] >= drop_threshold(dropout)
     return keep

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn.ops.attention.biases import Bias
 from fastattn.ops.attention.masks import Mask
 from fastattn.ops.attention.philox import drop_threshold, dropout_keep
 
@@ -18,27 +19,105 @@ def attention(
     k: Tensor,
     v: Tensor,
     mask: Mask,
-    bias: Tensor | None,
+    bias: Bias,
+    sinks: Tensor | None,
     scale: float,
+    softcap: float,
     dropout: float,
     seed: Tensor | None,
+    q_start: int | Tensor | None,
+    k_start: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale · q kᵀ + bias, over the keys the mask keeps) · v, and the softmax's log-sum-exp.
+    """softmax(softcap(scale · q kᵀ) + bias) · v over the keys the mask keeps and a sink, and its log-sum-exp.
 
     Args:
         q: ``[B, H, L_q, D]``.
         k: ``[B, H_kv, L_k, D]``.
         v: ``[B, H_kv, L_k, D_v]``.
         mask: see `Mask`.
-        bias: broadcastable to ``[B, H, L_q, L_k]``, or None.
+        bias: see `Bias`.
+        sinks: ``[H]``, a further score of each row, without a value; or None.
         scale: factor on the scores.
+        softcap: scores x become softcap · tanh(x / softcap); 0 for x itself.
         dropout: probability, in 65,536ths.
         seed: int64 ``[1]``; needed where dropout > 0.
+        q_start: position of the first query; None for alignment by corner.
+        k_start: position of the first key.
 
     Returns:
         ``out`` ``[B, H, L_q, D_v]`` in q's dtype and ``lse`` ``[B, H, L_q]`` in float32 or wider; a row
-        with nothing to attend to has out 0 and lse -inf.
+        with nothing to attend to has out 0 and lse -inf (its sink, where it has one).
     """
+    scores, v_ = _scores(q, k, v, mask, bias, scale, softcap, q_start, k_start)
+    k_length = k.shape[2]
+    if sinks is not None:
+        sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sink), dim=-1)
+    probs, lse = _softmax(scores)
+    probs = probs[..., :k_length]
+    if dropout > 0:
+        probs = probs * _dropout(probs, dropout, seed, q_start, k_start)
+    return torch.matmul(probs, v_).to(q.dtype), lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Mask,
+    bias: Bias,
+    scale: float,
+    softcap: float,
+    dropout: float,
+    seed: Tensor | None,
+    q_start: int | Tensor | None,
+    k_start: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for q, k and v of rows whose `out` and `lse` are given: those of these keys, or of more.
+
+    Args: as in `attention`, with dout and dlse the gradients that reach out and lse.
+
+    Returns:
+        dq, dk and dv in q's dtype.
+    """
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        scores, v_ = _scores(q, k, v, mask, bias, scale, softcap, q_start, k_start)
+        dtype = scores.dtype
+        # P = exp(S - lse); an empty row's is exp(-inf)
+        lse = lse.to(dtype)
+        probs = torch.exp(scores.detach() - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+        dout_ = dout.to(dtype)
+        dprobs = torch.matmul(dout_, v_.detach().transpose(-1, -2))
+        kept = probs
+        if dropout > 0:
+            factor = _dropout(probs, dropout, seed, q_start, k_start)
+            dprobs, kept = dprobs * factor, probs * factor
+        delta = (dout_ * out.to(dtype)).sum(-1, keepdim=True)
+        if dlse is not None:
+            delta = delta - dlse.to(dtype)[..., None]
+        dscores = probs * (dprobs - delta)
+        dv_ = torch.matmul(kept.transpose(-1, -2), dout_)
+        dq, dk, dv = torch.autograd.grad((scores, v_), (q, k, v), (dscores, dv_))
+    return dq, dk, dv
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    bias: Bias,
+    scale: float,
+    softcap: float,
+    q_start: int | Tensor | None,
+    k_start: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Scores ``[B, H, L_q, L_k]`` under bias and mask, and v for each query head, in float32 or wider."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     batch, heads, q_length, _ = q.shape
     kv_heads, k_length = k.shape[1], k.shape[2]
@@ -47,19 +126,39 @@ def attention(
         k_ = k_.repeat_interleave(heads // kv_heads, dim=1)
         v_ = v_.repeat_interleave(heads // kv_heads, dim=1)
 
-    scores = torch.matmul(q_, k_.transpose(-1, -2)) * scale  # [B, H, L_q, L_k]
-    if bias is not None:
-        scores = scores + bias.to(dtype)
-    keep = mask.to_dense(batch=batch, q_length=q_length, k_length=k_length, device=q.device)
+    scores = torch.matmul(q_, k_.transpose(-1, -2)) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    added = bias.to_dense(
+        q_length=q_length,
+        k_length=k_length,
+        q_start=q_start,
+        k_start=k_start,
+        documents=mask.documents if bias.compact else None,
+    )
+    if added is not None:
+        scores = scores + added.to(dtype)
+    keep = mask.to_dense(
+        batch=batch,
+        q_length=q_length,
+        k_length=k_length,
+        q_start=q_start,
+        k_start=k_start,
+        device=q.device,
+    )
     if keep is not None:
         scores = scores.masked_fill(~keep, float("-inf"))
+    return scores, v_
 
-    probs, lse = _softmax(scores)
-    if dropout > 0:
-        assert seed is not None
-        kept = dropout_keep(seed, dropout, (batch, heads, q_length, k_length))
-        probs = probs * kept * (65536 / (65536 - drop_threshold(dropout)))
-    return torch.matmul(probs, v_).to(q.dtype), lse
+
+def _dropout(
+    probs: Tensor, dropout: float, seed: Tensor | None, q_start: int | Tensor | None, k_start: int | None
+) -> Tensor:
+    """What dropout multiplies the probabilities by: 0, or the inverse of the share that is kept."""
+    assert seed is not None and not isinstance(q_start, Tensor)
+    batch, heads, q_length, k_length = probs.shape
+    kept = dropout_keep(seed, dropout, (batch, heads, q_length, k_length), q_start or 0, k_start or 0)
+    return kept * (65536 / (65536 - drop_threshold(dropout)))
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,275 @@
+"""Additive biases as data: a dense tensor, and compact ones that depend on the distance of key and query.
+
+>>> import torch, fastattn
+>>> bias = fastattn.alibi(torch.tensor([0.5, 0.25])) + torch.zeros(1, 1, 3, 3)
+>>> bias.to_dense(q_length=3, k_length=3)[0, 0]
+tensor([[ 0.0000, -0.5000, -1.0000],
+        [-0.5000,  0.0000, -0.5000],
+        [-1.0000, -0.5000,  0.0000]])
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.ops.attention.constraints import Documents, Positions
+from fastattn.ops.attention.masks import Align, _is_bottom_right
+
+
+@dataclass(frozen=True, eq=False)
+class ByDistance:
+    """A bias that depends on head and distance alone."""
+
+    bottom_right: bool
+
+    def at(self, distance: Tensor) -> Tensor:
+        """The bias at key position - query position, int64 ``[...]``: float32 ``[B or 1, H, ...]``."""
+        raise NotImplementedError
+
+    @property
+    def parameter(self) -> Tensor:
+        """What it is made from, and gives a gradient to."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """How users write it."""
+        raise NotImplementedError
+
+    @property
+    def batch(self) -> int:
+        return 1
+
+    @property
+    def heads(self) -> int:
+        return self.parameter.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Alibi(ByDistance):
+    """-slope · |distance|; slopes ``[B or 1, H]``."""
+
+    slopes: Tensor
+
+    def at(self, distance: Tensor) -> Tensor:
+        slopes = self.slopes.to(torch.promote_types(self.slopes.dtype, torch.float32))
+        return -slopes[(...,) + (None,) * distance.dim()] * distance.abs()
+
+    @property
+    def parameter(self) -> Tensor:
+        return self.slopes
+
+    @property
+    def name(self) -> str:
+        return "alibi(slopes)"
+
+    @property
+    def batch(self) -> int:
+        return self.slopes.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class RelativePosition(ByDistance):
+    """The row of ``table`` [buckets, H] that the distance falls into."""
+
+    table: Tensor
+    bidirectional: bool
+    max_distance: int
+
+    def at(self, distance: Tensor) -> Tensor:
+        table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
+        found = torch.nn.functional.embedding(self.bucket(distance), table)
+        return found.movedim(-1, 0)[None]
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """Half of the buckets of a direction are one distance wide, the others logarithmically wider."""
+        buckets = self.table.shape[0]
+        offset = torch.zeros_like(distance)
+        if self.bidirectional:
+            buckets //= 2
+            offset = (distance > 0) * buckets
+            distance = distance.abs()
+        else:
+            distance = -distance.clamp(max=0)
+        exact = buckets // 2
+        growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
+        return offset + torch.where(distance < exact, distance, far)
+
+    @property
+    def parameter(self) -> Tensor:
+        return self.table
+
+    @property
+    def name(self) -> str:
+        return "relative_position(table)"
+
+
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """A sum of biases; build one with `alibi`, `relative_position`, a float tensor, and ``+``.
+
+    Attributes:
+        dense: broadcastable to ``[B, H, L_q, L_k]``, or None.
+        compact: those that depend on the distance alone.
+    """
+
+    dense: Tensor | None = None
+    compact: tuple[ByDistance, ...] = ()
+
+    def __add__(self, other: Bias | Tensor) -> Bias:
+        if not isinstance(other, (Bias, Tensor)):
+            return NotImplemented
+        other = as_bias(other)
+        dense = self.dense
+        if other.dense is not None:
+            dense = other.dense if dense is None else dense + other.dense
+        return Bias(dense, (*self.compact, *other.compact))
+
+    __radd__ = __add__
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """``bias + tensor``, which torch takes to be its own."""
+        if func in (Tensor.__add__, Tensor.__radd__, Tensor.add):
+            return as_bias(args[0]) + as_bias(args[1])
+        return NotImplemented
+
+    def to_dense(
+        self,
+        *,
+        q_length: int,
+        k_length: int,
+        q_start: int | Tensor | None = None,
+        k_start: int | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor | None:
+        """The same bias as one tensor.
+
+        Args:
+            q_length: L_q.
+            k_length: L_k.
+            q_start: position of the first query, as in `fastattn.attention`.
+            k_start: position of the first key, as in `fastattn.attention`.
+            documents: where positions count from the start of each of these.
+
+        Returns:
+            Broadcastable to ``[B, H, L_q, L_k]``, differentiable; None where there is no bias.
+        """
+        total = self.dense
+        for part in self.compact:
+            device = part.parameter.device
+            positions = Positions(q_length, k_length, q_start, k_start, device, documents)
+            key = torch.arange(k_length, device=device)
+            distance = key - positions.diagonal(part.bottom_right)[..., None]  # [B or 1, L_q, L_k]
+            found = part.at(distance)  # [B or 1, H, B or 1, L_q, L_k]
+            if distance.shape[0] == 1:
+                found = found[:, :, 0]
+            else:
+                found = found.expand(distance.shape[0], *found.shape[1:]).diagonal(0, 0, 2).movedim(-1, 0)
+            total = found if total is None else total + found
+        return total
+
+
+def alibi(slopes: Tensor, align: Align = "bottom_right") -> Bias:
+    """Attention with linear biases: each head takes its slope times the distance off the scores.
+
+    Args:
+        slopes: float32, bfloat16, float16 or float64, ``[H]`` or ``[B, H]``. Gets a gradient.
+        align: as in `fastattn.causal`: where a query stands among the keys when L_q ≠ L_k.
+
+    Returns:
+        ``-slope · |key position - query position|``, to be passed as `fastattn.attention(..., bias=)` or
+        added to others with ``+``. In memory it takes ``H · (L_q + L_k)`` floats.
+
+    Raises:
+        TypeError: `slopes` is not a floating tensor.
+        ValueError: `slopes` has neither one nor two dimensions, or another `align`.
+
+    Source: Press et al., "Train short, test long", ICLR 2022 (arXiv 2108.12409).
+
+    Example:
+        >>> alibi(torch.tensor([1.0])).to_dense(q_length=1, k_length=3)
+        tensor([[[[-2., -1., -0.]]]])
+    """
+    _check_float("alibi(slopes)", slopes)
+    if slopes.dim() not in (1, 2):
+        raise ValueError(f"alibi(slopes): expected [H] or [B, H], got {list(slopes.shape)}")
+    slopes = slopes[None] if slopes.dim() == 1 else slopes
+    return Bias(compact=(Alibi(_is_bottom_right("alibi", align), slopes),))
+
+
+def relative_position(
+    table: Tensor,
+    *,
+    bidirectional: bool = True,
+    max_distance: int = 128,
+    align: Align = "bottom_right",
+) -> Bias:
+    """T5's relative position bias: a learned number for each head and bucket of distances.
+
+    Args:
+        table: float32, bfloat16, float16 or float64, ``[buckets, H]``: the weight of T5's
+            `relative_attention_bias`. Gets a gradient.
+        bidirectional: half of the buckets are for keys behind the query (an encoder); if not, those are taken
+            to be at distance 0 (a decoder).
+        max_distance: positions; all from here on share a bucket.
+        align: as in `fastattn.causal`: where a query stands among the keys when L_q ≠ L_k.
+
+    Returns:
+        A bias, to be passed as `fastattn.attention(..., bias=)` or added to others with ``+``. In memory it
+        takes ``H · (L_q + L_k)`` floats.
+
+    Raises:
+        TypeError: `table` is not a floating tensor.
+        ValueError: `table` does not have two dimensions, too few buckets for `max_distance`, or another
+            `align`.
+
+    Source: Raffel et al., "T5", 2020 (arXiv 1910.10683), §2.1.
+
+    Example:
+        >>> table = torch.arange(4.0)[:, None]
+        >>> relative_position(table, max_distance=4).to_dense(q_length=2, k_length=3, q_start=0)[0, 0]
+        tensor([[0., 3., 3.],
+                [1., 0., 3.]])
+    """
+    _check_float("relative_position(table)", table)
+    if table.dim() != 2:
+        raise ValueError(f"relative_position(table): expected [buckets, H], got {list(table.shape)}")
+    exact = table.shape[0] // (4 if bidirectional else 2)
+    if exact < 1 or max_distance <= exact:
+        raise ValueError(
+            f"relative_position: expected at least {4 if bidirectional else 2} buckets and max_distance "
+            f"above {exact}, got {table.shape[0]} and {max_distance}"
+        )
+    found = RelativePosition(_is_bottom_right("relative_position", align), table, bidirectional, max_distance)
+    return Bias(compact=(found,))
+
+
+def as_bias(bias: Any) -> Bias:
+    """A `Bias` of what `fastattn.attention(bias=)` takes: a bias, a float tensor or None.
+
+    Raises:
+        TypeError: not a bias, a float tensor or None.
+    """
+    if isinstance(bias, Bias):
+        return bias
+    if bias is not None:
+        _check_float("bias", bias, " (a bool tensor is passed as mask=)")
+    return Bias(bias)
+
+
+def _check_float(name: str, x: Any, hint: str = "") -> None:
+    if not isinstance(x, Tensor) or x.dtype not in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+    ):
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {got}{hint}")

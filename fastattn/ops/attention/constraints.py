@@ -1,0 +1,252 @@
+"""The constraints masks are made of, and the positions they are measured in.
+
+Most leave a query one interval of keys. What is an interval is all that the kernels need to know of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# First key kept and the first behind it, int64 [B or 1, L_q or 1] each; None where there is no bound.
+Interval = tuple[Tensor | None, Tensor | None]
+
+
+class Positions:
+    """Where the queries of one problem stand among its keys.
+
+    Args:
+        q_length: L_q.
+        k_length: L_k.
+        q_start: position of the first query, an int or an int64 tensor ``[B]``; None for alignment by corner.
+        k_start: position of the first key.
+        device: of the tensors made.
+        documents: where these are packed, positions count from the start of each.
+    """
+
+    def __init__(
+        self,
+        q_length: int,
+        k_length: int,
+        q_start: int | Tensor | None,
+        k_start: int | None,
+        device: torch.device | str,
+        documents: Documents | None = None,
+    ) -> None:
+        self.q_length, self.k_length, self.device = q_length, k_length, device
+        self.explicit = q_start is not None or k_start is not None
+        self.k_start = 0 if k_start is None else k_start
+        self.q_start: int | Tensor = 0 if q_start is None else q_start
+        if documents is not None and self.explicit:
+            raise ValueError(
+                "q_start, k_start: expected None with documents(...), whose positions count from each "
+                "document's start"
+            )
+        self.packing = None if documents is None else documents.packing(q_length, k_length, device)
+
+    def queries(self) -> Tensor:
+        """Index of each query: int64 ``[1, L_q]``."""
+        return torch.arange(self.q_length, device=self.device)[None]
+
+    def diagonal(self, bottom_right: bool) -> Tensor:
+        """Index of the key that stands where a query does, there or not: int64 ``[B or 1, L_q]``."""
+        if self.packing is not None:
+            q_first, q_end, k_first, k_end = self.packing
+            corner = (k_end - k_first) - (q_end - q_first) if bottom_right else 0
+            return self.queries() - q_first + k_first + corner
+        if self.explicit:
+            start = self.q_start[:, None] if isinstance(self.q_start, Tensor) else self.q_start
+            return self.queries() + start - self.k_start
+        return self.queries() + (self.k_length - self.q_length if bottom_right else 0)
+
+    def first(self) -> Tensor:
+        """Index of the key at position 0, there or not: int64 ``[B or 1, L_q or 1]``."""
+        if self.packing is not None:
+            return self.packing[2]
+        return torch.full((1, 1), -self.k_start, dtype=torch.int64, device=self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Constraint:
+    """One condition on query and key. Those of one kind that can be one are joined by `join`."""
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (getattr(self, f.name) for f in fields(self)) if isinstance(x, Tensor)]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Constraint:
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {name: change(x) for name, x in own.items() if isinstance(x, Tensor)}
+        return replace(self, **changed) if changed else self
+
+    def join(self, other: Constraint) -> Constraint | None:
+        return None
+
+    def interval(self, positions: Positions) -> Interval | None:
+        """The keys left to each query; None where these are not an interval."""
+        raise NotImplementedError
+
+    def to_dense(self, positions: Positions) -> Tensor:
+        """bool, broadcastable to ``[B, H, L_q, L_k]``, True = may attend."""
+        found = self.interval(positions)
+        assert found is not None
+        key = torch.arange(positions.k_length, device=positions.device)
+        keep = torch.ones((1, 1, 1, positions.k_length), dtype=torch.bool, device=positions.device)
+        if found[0] is not None:
+            keep = keep & (key >= found[0][:, None, :, None])
+        if found[1] is not None:
+            keep = keep & (key < found[1][:, None, :, None])
+        return keep
+
+
+@dataclass(frozen=True, eq=False)
+class Band(Constraint):
+    """Key position between query position - left and query position + right."""
+
+    left: int | None
+    right: int | None
+    bottom_right: bool
+
+    def join(self, other: Constraint) -> Constraint | None:
+        if not isinstance(other, Band) or other.bottom_right != self.bottom_right:
+            return None
+        left = [x for x in (self.left, other.left) if x is not None]
+        right = [x for x in (self.right, other.right) if x is not None]
+        return Band(min(left, default=None), min(right, default=None), self.bottom_right)
+
+    def interval(self, positions: Positions) -> Interval | None:
+        diagonal = positions.diagonal(self.bottom_right)
+        return (
+            None if self.left is None else diagonal - self.left,
+            None if self.right is None else diagonal + self.right + 1,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk(Constraint):
+    """Key position in the same `size` positions as the query's."""
+
+    size: int
+    bottom_right: bool
+
+    def interval(self, positions: Positions) -> Interval | None:
+        first = positions.first()
+        position = positions.diagonal(self.bottom_right) - first
+        start = first + torch.div(position, self.size, rounding_mode="floor") * self.size
+        return start, start + self.size
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix(Constraint):
+    """Key position below `count`, an int or int64 ``[B]``."""
+
+    count: int | Tensor
+
+    def interval(self, positions: Positions) -> Interval | None:
+        count = self.count[:, None] if isinstance(self.count, Tensor) else self.count
+        return None, positions.first() + count
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths(Constraint):
+    """Key index below `lengths`, int64 ``[B]``."""
+
+    lengths: Tensor
+
+    def join(self, other: Constraint) -> Constraint | None:
+        if not isinstance(other, Lengths):
+            return None
+        if other.lengths.shape != self.lengths.shape:
+            raise ValueError(
+                "key_padding(lengths) & key_padding(lengths): expected the same batch, "
+                f"got {list(self.lengths.shape)} and {list(other.lengths.shape)}"
+            )
+        return Lengths(torch.minimum(self.lengths, other.lengths))
+
+    def interval(self, positions: Positions) -> Interval | None:
+        return None, self.lengths[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Documents(Constraint):
+    """Key of the query's own document: by int64 ``[N + 1]`` bounds, or by int64 ``[B or 1, L]`` positions."""
+
+    cu_seqlens: Tensor | None
+    cu_seqlens_k: Tensor | None
+    position_ids: Tensor | None
+
+    def join(self, other: Constraint) -> Constraint | None:
+        if isinstance(other, Documents) and other is not self:
+            raise ValueError("documents(...) & documents(...): expected one, positions count from its start")
+        return self if other is self else None
+
+    def interval(self, positions: Positions) -> Interval | None:
+        assert positions.packing is not None
+        return positions.packing[2], positions.packing[3]
+
+    def packing(
+        self, q_length: int, k_length: int, device: torch.device | str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """First query, end of queries, first key and end of keys of each query's document: int64
+        ``[B or 1, L_q]``. A query of no document has an empty one."""
+        if self.position_ids is not None:
+            ids = self.position_ids
+            if ids.shape[1] != q_length or ids.shape[1] != k_length:
+                raise ValueError(
+                    f"documents(position_ids=): expected [B, L] with L = L_q = L_k, got {list(ids.shape)} "
+                    f"with L_q = {q_length} and L_k = {k_length}"
+                )
+            index = torch.arange(q_length, device=ids.device).expand(ids.shape)
+            begins = torch.ones_like(ids, dtype=torch.bool)
+            begins[:, 1:] = ids[:, 1:] != ids[:, :-1] + 1
+            first = torch.where(begins, index, 0).cummax(1).values
+            ends = torch.ones_like(begins)
+            ends[:, :-1] = begins[:, 1:]
+            last = torch.where(ends, index + 1, q_length).flip(1).cummin(1).values.flip(1)
+            return first, last, first, last
+        assert self.cu_seqlens is not None and self.cu_seqlens_k is not None
+        cu_q, cu_k = self.cu_seqlens, self.cu_seqlens_k
+        document = torch.searchsorted(cu_q[1:], torch.arange(q_length, device=device), right=True)
+        following = (document + 1).clamp(max=cu_q.shape[0] - 1)
+        found = (cu_q[document], cu_q[following], cu_k[document], cu_k[following])
+        return tuple(x[None] for x in found)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks(Constraint):
+    """Block of queries and keys that `blocks`, bool ``[B or 1, H or 1, N_q, N_k]``, keeps."""
+
+    blocks: Tensor
+    q_size: int
+    k_size: int
+
+    def join(self, other: Constraint) -> Constraint | None:
+        if not isinstance(other, Blocks) or (other.q_size, other.k_size) != (self.q_size, self.k_size):
+            return None
+        return replace(self, blocks=self.blocks & other.blocks)
+
+    def interval(self, positions: Positions) -> Interval | None:
+        return None
+
+    def to_dense(self, positions: Positions) -> Tensor:
+        keep = self.blocks.repeat_interleave(self.q_size, 2).repeat_interleave(self.k_size, 3)
+        return keep[:, :, : positions.q_length, : positions.k_length]
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Constraint):
+    """A bool tensor broadcastable to ``[B, H, L_q, L_k]``, True = may attend."""
+
+    keep: Tensor
+
+    def join(self, other: Constraint) -> Constraint | None:
+        return Dense(self.keep & other.keep) if isinstance(other, Dense) else None
+
+    def interval(self, positions: Positions) -> Interval | None:
+        return None
+
+    def to_dense(self, positions: Positions) -> Tensor:
+        return self.keep[(None,) * (4 - self.keep.dim())]
