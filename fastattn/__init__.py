@@ -8,17 +8,20 @@ nanoGPT's by swapping an import. Importing this package imports torch and nothin
 from fastattn.integrations.torch_sdpa import scaled_dot_product_attention
 from fastattn.nn import CausalSelfAttention, MultiheadAttention
 from fastattn.ops.attention import (
+    AttentionStatistics,
     Bias,
     Explanation,
     Mask,
     alibi,
     attention,
+    attention_statistics,
     block_sparse,
     causal,
     chunked,
     documents,
     explain,
     key_padding,
+    merge_attention,
     prefix,
     relative_position,
     sliding_window,
@@ -27,6 +30,7 @@ from fastattn.ops.attention import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionStatistics",
     "Bias",
     "CausalSelfAttention",
     "Explanation",
@@ -34,12 +38,14 @@ __all__ = [
     "MultiheadAttention",
     "alibi",
     "attention",
+    "attention_statistics",
     "block_sparse",
     "causal",
     "chunked",
     "documents",
     "explain",
     "key_padding",
+    "merge_attention",
     "prefix",
     "relative_position",
     "scaled_dot_product_attention",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention import api, reference
+from fastattn.ops.attention import api
+from fastattn.ops.attention.biases import Alibi, Bias, ByDistance, RelativePosition, as_bias
 from fastattn.ops.attention.masks import Mask, as_mask
 from fastattn.ops.attention.philox import drop_threshold, dropout_keep
 
@@ -17,7 +19,8 @@ class Errors(NamedTuple):
     """Largest absolute errors of one tensor against float64, and the size of what it should be.
 
     Attributes:
-        name: ``out``, ``lse``, ``dq``, ``dk``, ``dv`` or ``dbias``.
+        name: ``out``, ``lse``, or the gradient's: ``dq``, ``dk``, ``dv``, ``dsinks``, ``dbias``, ``dslopes``,
+            ``dtable``.
         ours: error of the backend under test.
         plain: error of plain PyTorch in the same dtype.
         scale: largest absolute value of the float64 result.
@@ -59,84 +62,117 @@ def attention_errors(
     v: Tensor,
     *,
     mask: Mask | Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: float | None = None,
+    bias: Bias | Tensor | None = None,
+    sinks: Tensor | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
     backend: str | None = None,
+    **options: Any,
 ) -> list[Errors]:
     """Errors of `fastattn.attention`, forward and every gradient, lse's included.
 
-    Args: those of `fastattn.attention`; with dropout, a seed.
+    Args: those of `fastattn.attention`; with dropout, a seed. `options` are scale, softcap, q_start and
+        k_start.
 
     Returns:
-        One `Errors` each for out, lse, dq, dk, dv and, where there is a bias, dbias.
+        One `Errors` each for out, lse, dq, dk, dv and what else there is of dsinks, dbias (the dense part's),
+        dslopes and dtable.
     """
-    inputs = [q, k, v] if bias is None else [q, k, v, bias]
+    bias = as_bias(bias)
+    extras = {"sinks": sinks} if sinks is not None else {}
+    inputs = {"q": q, "k": k, "v": v, **extras, **_tensors(bias)}
     generator = torch.Generator(q.device).manual_seed(0)
     dout = torch.randn(*q.shape[:3], v.shape[3], generator=generator, device=q.device, dtype=torch.float64)
     dlse = torch.randn(q.shape[:3], generator=generator, device=q.device, dtype=torch.float64)
 
-    def results(function: object, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        out, lse = function(*leaves)  # type: ignore[operator]
+    def results(function: Callable[..., Any], double: bool, **own: Any) -> list[Tensor]:
+        leaves = {
+            name: x.detach().to(torch.float64 if double else x.dtype).requires_grad_()
+            for name, x in inputs.items()
+        }
+        q, k, v = leaves["q"], leaves["k"], leaves["v"]
+        given = {"mask": mask, "bias": _with_tensors(bias, leaves), "sinks": leaves.get("sinks")}
+        out, lse = function(q, k, v, **given, dropout=dropout, **options, **own)
         # An empty row's lse is -inf and has no gradient: leave it out of the loss.
         reached = torch.where(torch.isinf(lse), 0.0, lse.double() * dlse)
-        ((out.double() * dout.to(q.dtype).double()).sum() + reached.sum()).backward()
-        grads = [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves]
+        ((out.double() * dout.to(inputs["q"].dtype).double()).sum() + reached.sum()).backward()
+        grads = [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves.values()]
         return [out.detach(), lse.detach(), *grads]
 
-    options = {"mask": mask, "scale": scale, "dropout": dropout, "seed": seed}
-
-    def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        found = api.attention(q, k, v, bias=bias, return_lse=True, backend=backend, **options)  # type: ignore[arg-type]
-        assert isinstance(found, tuple)
-        return found
-
-    factor = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    seed_tensor = None if seed is None else torch.tensor([seed])
-
-    def exact(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return reference.attention(q, k, v, as_mask(mask), bias, factor, dropout, seed_tensor)
-
-    def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _plain_attention(q, k, v, as_mask(mask), bias, factor, dropout, seed_tensor)
-
-    names = ["out", "lse", "dq", "dk", "dv", "dbias"]
-    right = results(exact, torch.float64)
-    triples = zip(names, results(ours, q.dtype), results(plain, q.dtype), right, strict=False)
-    lse = _size(right[1])
+    ours = results(api.attention, False, seed=seed, return_lse=True, backend=backend)
+    plain = results(_textbook, False, seed=seed)
+    exact = results(_textbook, True, seed=seed)
+    names = ["out", "lse", *("d" + name for name in inputs)]
+    lse = _size(exact[1])
     return [
-        Errors(name, _distance(a, c), _distance(b, c), _size(c), a.dtype, lse) for name, a, b, c in triples
+        Errors(name, _distance(a, c), _distance(b, c), _size(c), a.dtype, lse)
+        for name, a, b, c in zip(names, ours, plain, exact, strict=True)
     ]
 
 
-def _plain_attention(
+_NAMES: Final[dict[type[ByDistance], str]] = {Alibi: "slopes", RelativePosition: "table"}
+
+
+def _tensors(bias: Bias) -> dict[str, Tensor]:
+    """What of the bias has a gradient, by name; a second table is ``table1``."""
+    found = {} if bias.dense is None else {"bias": bias.dense}
+    for i, part in enumerate(bias.compact):
+        name = _NAMES[type(part)]
+        found[name if name not in found else f"{name}{i}"] = part.parameter
+    return found
+
+
+def _with_tensors(bias: Bias, tensors: dict[str, Tensor]) -> Bias:
+    """The same bias of other tensors, by the names that `_tensors` gave them."""
+    names = iter(name for name in _tensors(bias) if name != "bias")
+    compact = tuple(part.of(tensors[next(names)]) for part in bias.compact)
+    return Bias(tensors.get("bias"), compact)
+
+
+def _textbook(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Mask,
-    bias: Tensor | None,
-    scale: float,
+    *,
+    mask: Mask | Tensor | None,
+    bias: Bias,
+    sinks: Tensor | None,
     dropout: float,
-    seed: Tensor | None,
+    seed: int | None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_start: int | Tensor | None = None,
+    k_start: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Textbook attention with every intermediate in q's dtype: what the budget is measured from."""
-    group = q.shape[1] // k.shape[1]
+    """The equation with every intermediate in q's dtype: what the budget is measured from."""
+    group, k_length = q.shape[1] // k.shape[1], k.shape[2]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.transpose(-1, -2) * scale
-    if bias is not None:
-        scores = scores + bias
-    keep = mask.to_dense(batch=q.shape[0], q_length=q.shape[2], k_length=k.shape[2], device=q.device)
-    empty = torch.zeros((), dtype=torch.bool)
+    scores = q @ k.transpose(-1, -2) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    mask = as_mask(mask)
+    place: dict[str, Any] = {
+        "q_length": q.shape[2],
+        "k_length": k_length,
+        "q_start": q_start,
+        "k_start": k_start,
+    }
+    added = bias.to_dense(**place, documents=mask.documents if bias.compact else None)
+    if added is not None:
+        scores = scores + added.to(q.dtype)
+    keep = mask.to_dense(**place, batch=q.shape[0], device=q.device)
     if keep is not None:
         scores = scores.masked_fill(~keep, float("-inf"))
-        empty = ~keep.any(-1)
-    probs = torch.softmax(scores.masked_fill(empty[..., None], 0.0), -1).masked_fill(empty[..., None], 0.0)
-    lse = torch.logsumexp(scores.masked_fill(empty[..., None], 0.0), -1).masked_fill(empty, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(q.dtype)[:, None, None].expand(*q.shape[:3], 1)), -1)
+    empty = (scores == float("-inf")).all(-1)
+    scores = scores.masked_fill(empty[..., None], 0.0)
+    lse = torch.logsumexp(scores, -1).masked_fill(empty, float("-inf"))
+    probs = torch.softmax(scores, -1).masked_fill(empty[..., None], 0.0)[..., :k_length]
     if dropout > 0:
-        assert seed is not None
-        kept = dropout_keep(seed, dropout, (*q.shape[:3], k.shape[2]))
+        assert seed is not None and not isinstance(q_start, Tensor)
+        shape = (*q.shape[:3], k_length)
+        kept = dropout_keep(torch.tensor([seed], device=q.device), dropout, shape, q_start or 0, k_start or 0)
         probs = probs * kept * (65536 / (65536 - drop_threshold(dropout)))
     return probs @ v, lse
 

@@ -11,7 +11,7 @@ tensor([[ 0.0000, -0.5000, -1.0000],
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,13 @@ class ByDistance:
     def parameter(self) -> Tensor:
         """What it is made from, and gives a gradient to."""
         raise NotImplementedError
+
+    def of(self, parameter: Tensor) -> ByDistance:
+        """The same made from another."""
+        changed: dict[str, Any] = {
+            f.name: parameter for f in fields(self) if getattr(self, f.name) is self.parameter
+        }
+        return replace(self, **changed)
 
     @property
     def name(self) -> str:
