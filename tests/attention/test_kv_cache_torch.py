@@ -1,0 +1,391 @@
+"""Attention with a cache inside torch's subsystems, on its own terms, and with what it can't do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn.ops.attention.kv_cache import (
+    KVCache,
+    Rotary,
+    attention_with_kv_cache,
+    explain_with_kv_cache,
+)
+from fastattn.testing import present_isas
+
+BACKENDS = ["reference", *(["cpu"] if present_isas() else [])]
+OPS = torch.ops.fastattn
+
+
+def rows(
+    lengths: Tensor | int, capacity: int = 24, dtype: torch.dtype = torch.float32, **fields: Any
+) -> KVCache:
+    batch = lengths.shape[0] if isinstance(lengths, Tensor) else 2
+    k, v = (torch.randn(batch, 2, capacity, 8).to(dtype) for _ in range(2))
+    return KVCache(k, v, lengths, **fields)
+
+
+def pages(lengths: Tensor, size: int = 5, count: int = 5, **fields: Any) -> KVCache:
+    total = lengths.shape[0] * count
+    k, v = (torch.randn(total, 2, size, 8) for _ in range(2))
+    table = torch.randperm(total).view(lengths.shape[0], count).to(torch.int32)
+    return KVCache(k, v, lengths, block_table=table, **fields)
+
+
+def new(batch: int = 2, length: int = 1, heads: int = 4, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(batch, h, length, 8).to(dtype) for h in (heads, 2, 2)]
+
+
+def rotary_tables(positions: int = 64, half: int = 4) -> Rotary:
+    angle = torch.arange(float(positions))[:, None] * 7.0 ** -torch.arange(half)
+    return Rotary(angle.cos(), angle.sin())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_by_step_is_attention_to_the_whole(backend: str) -> None:
+    """A prompt and then token after token, against one causal call without a cache."""
+    q, k, v = new(length=19)
+    rotary = rotary_tables()
+    turned = [fastattn.ops.rotary.rotary(x, rotary.cos, rotary.sin) for x in (q, k)]
+    want = fastattn.attention(*turned, v, mask=fastattn.causal(), backend=backend)
+    cache = KVCache(
+        torch.empty(2, 2, 24, 8), torch.empty(2, 2, 24, 8), lengths=torch.zeros(2, dtype=torch.int32)
+    )
+    found = []
+    for first, end in ((0, 11), *((n, n + 1) for n in range(11, 16)), (16, 19)):
+        part = [x[:, :, first:end] for x in (q, k, v)]
+        found.append(
+            attention_with_kv_cache(
+                part[0], cache, *part[1:], rotary=rotary, mask=fastattn.causal(), backend=backend
+            )
+        )
+        cache.lengths += end - first
+    torch.testing.assert_close(torch.cat(found, 2), want)
+    assert torch.equal(cache.v[:, :, :19], v)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make", [rows, pages])
+def test_a_row_does_not_depend_on_its_batch(make: Callable[..., KVCache], backend: str) -> None:
+    """Bitwise, whatever lengths the neighbours have, and alone."""
+    if backend == "reference":
+        pytest.skip("torch.matmul does not promise it")
+    q, k, v = new(batch=3)
+    results = []
+    for other in (2, 20):
+        torch.manual_seed(1)
+        cache = make(torch.tensor([9, other, 0]))
+        results.append(attention_with_kv_cache(q, cache, k, v, backend=backend)[0])
+    torch.manual_seed(1)
+    cache = make(torch.tensor([9, 2, 0]))
+    cache.lengths = cache.lengths[:1]
+    if cache.block_table is not None:
+        cache.block_table = cache.block_table[:1]
+    results.append(attention_with_kv_cache(q[:1], cache, k[:1], v[:1], backend=backend)[0])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pages_are_rows_bitwise(backend: str) -> None:
+    lengths = torch.tensor([17, 4])
+    paged, (q, k, v) = pages(lengths), new()
+    assert paged.block_table is not None
+    flat = [x[paged.block_table].transpose(1, 2).flatten(2, 3) for x in (paged.k, paged.v)]
+    want = attention_with_kv_cache(q, KVCache(*flat, lengths), k, v, backend=backend)
+    assert torch.equal(attention_with_kv_cache(q, paged, k, v, backend=backend), want)
+
+
+@pytest.mark.parametrize("given", [int, torch.int32, torch.int64])
+def test_lengths_of_any_kind(given: Any) -> None:
+    lengths = 7 if given is int else torch.full((2,), 7, dtype=given)
+    (q, k, v), results = new(), []
+    for n in (lengths, torch.tensor([7, 7])):
+        torch.manual_seed(0)
+        results.append(attention_with_kv_cache(q, rows(n), k, v))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_sequences_and_more_queries_than_keys(backend: str) -> None:
+    q, _, _ = new(length=3)
+    out, lse = attention_with_kv_cache(
+        q, rows(torch.tensor([0, 2])), mask=fastattn.causal(), return_lse=True, backend=backend
+    )
+    assert bool((out[0] == 0).all())
+    assert bool((lse[0] == float("-inf")).all())
+    assert bool((lse[1, :, 0] == float("-inf")).all())  # position -1
+    assert bool(lse[1, :, 1:].isfinite().all())
+    assert attention_with_kv_cache(q[:, :, :0], rows(4), backend=backend).shape == (2, 4, 0, 8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_that_are_tensors_count_keys_by_the_capacity(backend: str) -> None:
+    cache, (q, k, v) = rows(torch.tensor([9, 3])), new(length=2)
+    keep = torch.rand(2, 1, 2, 24) > 0.4
+    blocks = torch.rand(1, 5) > 0.3
+    mask = (
+        keep
+        & (fastattn.block_sparse(blocks, (2, 5)) | fastattn.prefix(1))
+        & fastattn.key_padding(torch.tensor([24, 4]))
+    )
+    found = attention_with_kv_cache(q, cache, k, v, mask=mask, backend=backend)
+    there = torch.arange(24) < torch.tensor([11, 4])[:, None]
+    dense = keep & (blocks.repeat_interleave(5, 1)[:, :24] | (torch.arange(24) < 1)) & there[:, None, None]
+    want = fastattn.attention(q, cache.k, cache.v, mask=dense, backend=backend)
+    torch.testing.assert_close(found, want)
+
+
+def test_scores_are_scaled_as_asked() -> None:
+    cache, (q, k, v) = rows(torch.tensor([9, 3])), new()
+    found = attention_with_kv_cache(q, cache, k, v, scale=0.7)
+    torch.testing.assert_close(found, attention_with_kv_cache(q * 0.7 * math.sqrt(8), cache, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_values_stay_within_the_range(dtype: torch.dtype) -> None:
+    """They saturate, where a plain cast to e4m3 gives NaN; halves go to even."""
+    top = 448.0 if dtype == torch.float8_e4m3fn else 127.0
+    k = torch.tensor([1e4, -1e4, 0.25, 0.75, float("inf"), 0.0, 1.0, -3.0]).expand(1, 1, 1, 8).contiguous()
+    store = [torch.zeros(1, 1, 4, 8, dtype=dtype) for _ in range(2)]
+    cache = KVCache(*store, 0, k_scale=torch.tensor(0.5), v_scale=torch.tensor([[0.0]]))
+    out = attention_with_kv_cache(torch.zeros(1, 1, 1, 8), cache, k, k)
+    low = -448.0 if dtype == torch.float8_e4m3fn else -128.0
+    halves = [0.5, 1.5] if dtype == torch.float8_e4m3fn else [0.0, 2.0]
+    assert cache.k[0, 0, 0].float().tolist() == [top, low, *halves, top, 0.0, 2.0, -6.0]
+    assert bool((out == 0).all())  # of a scale of 0
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    mask = fastattn.sliding_window(9, 0)
+    out, lse = attention_with_kv_cache(q * 2, cache, k, v, rotary=rotary, mask=mask, return_lse=True)
+    return out.transpose(1, 2).flatten(2).sin(), lse
+
+
+@pytest.mark.parametrize("make", [rows, pages])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compile_fullgraph_for_all_lengths(backend: str, make: Callable[..., KVCache]) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    rotary = rotary_tables()
+    for lengths in ([0, 3], [7, 23], [24, 1]):
+        results = []
+        for f in (step, compiled):
+            torch.manual_seed(0)
+            cache = make(torch.tensor(lengths), **({"capacity": 25} if make is rows else {}))
+            results.append([*f(*new(), cache, rotary), cache.k, cache.v])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
+
+
+def test_compile_with_quantised_pages_and_left_padding() -> None:
+    torch._dynamo.reset()
+    results = []
+    for f in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(0)
+        cache = pages(torch.tensor([7, 19]), left_padding=torch.tensor([2, 0]))
+        cache.k, cache.v = cache.k.mul(40).to(torch.int8), cache.v.to(torch.float8_e4m3fn)
+        cache.k_scale = torch.tensor([0.02, 0.03])
+        results.append([*f(*new(), cache, rotary_tables()), cache.k.float(), cache.v.float()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_opcheck(paged: bool) -> None:
+    cache, (_, k, v) = (pages if paged else rows)(torch.tensor([7, 20])), new()
+    where = (torch.tensor([1, 0]), cache.block_table, None if paged else torch.tensor([1, 0]))
+    assert isinstance(cache.lengths, Tensor)
+    torch.library.opcheck(OPS.kv_cache_append, (cache.k, cache.v, k, v, cache.lengths, *where, None, None))
+    gather = (cache.k, cache.v, cache.lengths, *where, None, None, 23, torch.float32)
+    torch.library.opcheck(OPS.kv_cache_gather, gather)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "cache", "bias"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_is_an_error(name: str, compiled: bool) -> None:
+    torch._dynamo.reset()
+    (q, k, v), cache = new(), rows(torch.tensor([3, 8]))
+    slopes = torch.ones(4)
+    leaf = {"q": q, "k": k, "cache": cache.v, "bias": slopes}[name].requires_grad_()
+
+    def f(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, slopes: Tensor) -> Tensor:
+        bias = fastattn.alibi(slopes)
+        found = attention_with_kv_cache(q, cache, k, v, bias=bias, return_lse=True)
+        return found[name == "k"]  # one from lse alone
+
+    if compiled:
+        f = torch.compile(f, backend="aot_eager", fullgraph=True)
+    out = f(q, k, v, cache, slopes)
+    assert out.requires_grad
+    with pytest.raises(RuntimeError, match="attention_with_kv_cache has no gradient"):
+        out.sum().backward()
+    assert leaf.grad is None
+    with torch.no_grad():
+        assert not f(q, k, v, cache, slopes).requires_grad
+
+
+def test_no_gradient_is_needed_for_what_needs_none() -> None:
+    assert not attention_with_kv_cache(new()[0], rows(3)).requires_grad
+
+
+def test_autocast() -> None:
+    cache, (q, k, v) = rows(torch.tensor([3, 8]), dtype=torch.bfloat16), new()
+    want = attention_with_kv_cache(
+        *(x.bfloat16() if x is q else x for x in (q, cache)), k.bfloat16(), v.bfloat16()
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attention_with_kv_cache(q, cache, k, v)
+        assert torch.equal(found, want)
+        # What a quantised cache holds is not rounded to bfloat16 on its way.
+        fine = KVCache(
+            cache.k.to(torch.float8_e4m3fn), cache.v.to(torch.float8_e4m3fn), 8, v_scale=torch.tensor(0.3)
+        )
+        inside = attention_with_kv_cache(q, fine)
+    assert torch.equal(inside, attention_with_kv_cache(q.bfloat16(), fine))
+
+
+def test_explain() -> None:
+    cache, (q, k, v) = rows(3), new()
+    if "cpu" in BACKENDS:
+        assert explain_with_kv_cache(q, cache, k, v).backend == "cpu"
+    found = explain_with_kv_cache(q, cache, k, v, backend="reference")
+    assert found.backend == "reference"
+    q = q.double()
+    assert "float64" in explain_with_kv_cache(q, cache).reasons["cpu"][0]
+    with pytest.raises(NotImplementedError, match="float64"):
+        attention_with_kv_cache(q, cache, backend="cpu")
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        explain_with_kv_cache(q, cache, backend="gpu")
+    before = cache.k.clone()
+    explain_with_kv_cache(q, cache, k.double(), v.double())
+    assert torch.equal(cache.k, before)
+
+
+def a_page_missing(cache: KVCache) -> KVCache:
+    assert cache.block_table is not None
+    cache.block_table[1, 3] = -1
+    return cache
+
+
+@pytest.mark.parametrize("reading", [False, True])
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        (lambda: rows(torch.tensor([3, 24])), r"capacity: expected at most 24 keys .* got \[4, 25\]"),
+        (lambda: rows(24), "capacity: expected at most 24 keys"),
+        (lambda: rows(torch.tensor([3, -1])), r"lengths: expected 0 or more, got \[3, -1\]"),
+        (lambda: pages(torch.tensor([25, 3])), r"block_table: expected at most 25 keys .* \(5 pages of 5\)"),
+        (lambda: a_page_missing(pages(torch.tensor([3, 16]))), "block_table: expected 0 to 9 for pages"),
+        (lambda: a_page_missing(pages(torch.tensor([3, 15]))), "block_table: expected 0 to 9 for pages"),
+        (
+            lambda: rows(torch.tensor([3, 3]), batch_index=torch.tensor([0, 2])),
+            r"batch_index: expected 0 to 1 \(rows of the cache\), got \[0, 2\]",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_an_error_and_not_written(
+    cache: Callable[[], KVCache], message: str, reading: bool
+) -> None:
+    given, (q, k, v) = cache(), new()
+    if reading:  # the same sequences, without new keys
+        given.lengths = given.lengths + (0 if "lengths" in message else 1)
+        k = v = None
+        message = message.replace("15", "16")
+    before = given.k.clone(), given.v.clone()
+    with pytest.raises(RuntimeError, match=message):
+        attention_with_kv_cache(q, given, k, v)
+    assert torch.equal(given.k, before[0])
+    assert torch.equal(given.v, before[1])
+
+
+def test_a_page_that_no_key_needs_may_be_missing() -> None:
+    (q, k, v), results = new(), []
+    for spoil in (a_page_missing, lambda cache: cache):
+        torch.manual_seed(0)
+        cache = spoil(pages(torch.tensor([3, 14])))
+        results.append(attention_with_kv_cache(q, cache, k, v))
+        cache = pages(torch.tensor([3, 14]), left_padding=torch.tensor([0, 6]))
+        assert cache.block_table is not None
+        cache.block_table[1, 0] = -7 if spoil is a_page_missing else 3
+        results.append(attention_with_kv_cache(q, cache, k, v))
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
+
+
+def test_positions_that_rotary_has_no_angle_for() -> None:
+    (q, k, v), cache = new(), rows(torch.tensor([3, 16]))
+    before = cache.k.clone()
+    with pytest.raises(ValueError, match=r"expected positions from 0 to 15 .* got 3 to 16"):
+        attention_with_kv_cache(q, cache, k, v, rotary=rotary_tables(16))
+    assert torch.equal(cache.k, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"cache": None}, TypeError, "expected a fastattn.KVCache, got NoneType"),
+        ({"v": None}, ValueError, "k, v: expected both or neither"),
+        ({"q": torch.zeros(4, 1, 8)}, ValueError, "q: expected 4 dimensions"),
+        ({"k": torch.zeros(2, 1, 1, 8)}, ValueError, r"k: expected \[2, 2, 1, 8\], got \[2, 1, 1, 8\]"),
+        ({"v": torch.zeros(2, 2, 3, 8)}, ValueError, r"v: expected \[2, 2, 1, 8\], got \[2, 2, 3, 8\]"),
+        ({"k": torch.zeros(2, 2, 1, 8).half()}, TypeError, "k: expected q's dtype torch.float32"),
+        ({"q": torch.zeros(2, 3, 1, 8)}, ValueError, "heads: expected k's 2 to divide q's 3"),
+        ({"q": torch.zeros(2, 4, 1, 9)}, ValueError, "k: expected q's head_dim 9, got 8"),
+        ({"mask": fastattn.documents(torch.tensor([0, 1]))}, ValueError, "no documents"),
+        ({"mask": torch.ones(1, 1, 1, 3, dtype=torch.bool)}, ValueError, r"\[2, 4, 1, 24\]"),
+        ({"bias": torch.ones(1, 1, 1, 3)}, ValueError, r"\[2, 4, 1, 24\]"),
+        ({"sinks": torch.ones(3)}, ValueError, "sinks"),
+        ({"softcap": -1.0}, ValueError, "softcap"),
+        ({"lengths": torch.tensor([1.0, 2.0])}, TypeError, "lengths: expected an integer tensor"),
+        ({"lengths": None}, TypeError, "lengths: expected an int or an integer tensor, got NoneType"),
+        ({"lengths": torch.tensor([1])}, ValueError, r"lengths: expected \[2\], got \[1\]"),
+        ({"block_table": torch.zeros(3, 2).int()}, ValueError, r"block_table: expected \[2, any\]"),
+        ({"left_padding": torch.zeros(3).int()}, ValueError, r"left_padding: expected \[2\], got \[3\]"),
+        (
+            {"block_table": torch.zeros(2, 2).int(), "batch_index": torch.arange(2)},
+            ValueError,
+            "at most one of them",
+        ),
+        ({"k_scale": torch.ones(2)}, ValueError, "k_scale: expected None with a cache of torch.float32"),
+        ({"store": torch.zeros(2, 2, 24, 8).to(torch.int8)}, ValueError, "k_scale: expected a float tensor"),
+        ({"store": torch.zeros(2, 2, 24, 8).to(torch.int32)}, TypeError, "cache.k: expected a tensor of one"),
+        ({"store": torch.zeros(2, 2, 24, 8).double()}, TypeError, "float64 only with a q of float64"),
+        ({"store": torch.zeros(1, 2, 24, 8)}, ValueError, "expected at least q's batch of 2 rows, got 1"),
+        ({"store": torch.zeros(2, 24, 8)}, ValueError, "cache.k: expected 4 dimensions"),
+        (
+            {
+                "store": torch.zeros(2, 2, 24, 8).to(torch.int8),
+                "k_scale": torch.ones(3),
+                "v_scale": torch.ones(2),
+            },
+            ValueError,
+            r"k_scale: expected a shape broadcastable to \[2, 2\] \(batch, heads\), got \[3\]",
+        ),
+    ],
+)
+def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    q, k, v = new()
+    cache = rows(torch.tensor([3, 4]))
+    given: dict[str, Any] = {"q": q, "cache": cache, "k": k, "v": v}
+    for name, value in change.items():
+        if name == "store":
+            cache.k, cache.v = value, value.clone()
+        elif hasattr(cache, name) and name not in ("k", "v"):
+            setattr(cache, name, value)
+        else:
+            given[name] = value
+    with pytest.raises(error, match=message):
+        attention_with_kv_cache(**given)
+    with pytest.raises(error, match=message):
+        explain_with_kv_cache(**given)
