@@ -158,7 +158,7 @@ def _dropout(
     assert seed is not None and not isinstance(q_start, Tensor)
     batch, heads, q_length, k_length = probs.shape
     kept = dropout_keep(seed, dropout, (batch, heads, q_length, k_length), q_start or 0, k_start or 0)
-    return kept * (65536 / (65536 - drop_threshold(dropout)))
+    return kept.to(probs.dtype) * (65536 / (65536 - drop_threshold(dropout)))
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
