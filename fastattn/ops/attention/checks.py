@@ -162,7 +162,7 @@ def _readable(x: Tensor) -> list[int] | None:
     """Its values where reading them is free: plain tensors in CPU memory."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
         return None
-    if torch._C._functorch.is_batchedtensor(x):
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
         return None
     values: list[int] = x.tolist()
     return values

@@ -59,7 +59,7 @@ class Mask:
         if not isinstance(other, (Mask, Tensor)):
             return NotImplemented
         clauses = (*self.clauses, *as_mask(other).clauses)
-        return Mask() if any(not clause for clause in clauses) else Mask(clauses)
+        return Mask() if any(len(clause) == 0 for clause in clauses) else Mask(clauses)
 
     __rand__ = __and__
     __ror__ = __or__

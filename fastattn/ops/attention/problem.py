@@ -143,7 +143,7 @@ def _factor(mask: Mask) -> tuple[Clause, tuple[Clause, ...]]:
         and all(any(c is d for d in clause) for clause in mask.clauses)
     )
     rest = tuple(tuple(c for c in clause if not any(c is d for d in common)) for clause in mask.clauses)
-    return common, () if any(not clause for clause in rest) else rest
+    return common, () if any(len(clause) == 0 for clause in rest) else rest
 
 
 def _not_intervals(clause: Clause, where: Where) -> tuple[Tensor | None, Blocks | None]:

@@ -1,0 +1,197 @@
+"""Every feature of `attention` by name, to be tested alone (test_features.py) and joined (test_pairs.py)."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+import fastattn
+from fastattn.testing import force_isa, present_isas
+
+ISAS = ("scalar", "avx2", "avx512", "wide")
+ROUTES = ("reference", *(f"cpu-{isa}" for isa in ISAS))
+
+
+@contextmanager
+def route(name: str) -> Iterator[str]:
+    """The backend of a name in `ROUTES`, on its instruction set; skips where that is not present."""
+    backend, _, isa = name.partition("-")
+    if isa and isa not in present_isas():
+        pytest.skip(f"{isa} is not present here")
+    with force_isa(isa) if isa else nullcontext():
+        yield backend
+
+
+class Sizes(NamedTuple):
+    """Of one problem."""
+
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    q_length: int = 70
+    k_length: int = 150
+    dim: int = 24
+    v_dim: int = 17
+
+    def tensors(self, dtype: torch.dtype = torch.float32, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        g = Generator().manual_seed(seed)
+        q = torch.randn(self.batch, self.heads, self.q_length, self.dim, generator=g)
+        k = torch.randn(self.batch, self.kv_heads, self.k_length, self.dim, generator=g)
+        v = torch.randn(self.batch, self.kv_heads, self.k_length, self.v_dim, generator=g)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+Options = dict[str, Any]
+Feature = Callable[[Sizes, Generator], Options]
+
+
+def _blocks(s: Sizes, g: Generator, batch: int, heads: int, size: int | tuple[int, int]) -> fastattn.Mask:
+    q_size, k_size = (size, size) if isinstance(size, int) else size
+    rows, columns = -(-s.q_length // q_size), -(-s.k_length // k_size)
+    return fastattn.block_sparse(torch.rand(batch, heads, rows, columns, generator=g) < 0.4, size)
+
+
+def _keep(g: Generator, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=g) < 0.6
+
+
+def _bounds(length: int, *parts: float) -> Tensor:
+    """Cumulative lengths; two of the documents may be one, and those behind the last part belong to none."""
+    return torch.tensor([0, *(int(part * length) for part in parts)], dtype=torch.int32)
+
+
+def _position_ids(s: Sizes, batch: int) -> Tensor:
+    rows = []
+    for b in range(batch):
+        ends = sorted({s.q_length // 5 + b, s.q_length // 2, s.q_length})
+        rows.append(torch.cat([torch.arange(b - a) for a, b in zip([0, *ends], ends, strict=False)]))
+    return torch.stack(rows)
+
+
+def _dense(*which: str) -> Feature:
+    """A bias that has the named dimensions; the others are 1."""
+
+    def bias(s: Sizes, g: Generator) -> Options:
+        full = {"B": s.batch, "H": s.heads, "Q": s.q_length, "K": s.k_length}
+        return {"bias": torch.randn([full[x] if x in which else 1 for x in full], generator=g)}
+
+    return bias
+
+
+MASKS: dict[str, Feature] = {
+    "causal": lambda s, g: {"mask": fastattn.causal()},
+    "causal-top-left": lambda s, g: {"mask": fastattn.causal("top_left")},
+    "window": lambda s, g: {"mask": fastattn.sliding_window(9, 0)},
+    "window-both-sides": lambda s, g: {"mask": fastattn.sliding_window(13, 6, align="top_left")},
+    "window-right": lambda s, g: {"mask": fastattn.sliding_window(None, 11)},
+    "both-corners": lambda s, g: {
+        "mask": fastattn.causal() & fastattn.sliding_window(40, 30, align="top_left")
+    },
+    "prefix": lambda s, g: {"mask": fastattn.causal() | fastattn.prefix(s.k_length // 3)},
+    "prefix-of-each": lambda s, g: {
+        "mask": fastattn.causal() | fastattn.prefix(torch.arange(s.batch) * s.k_length // 4)
+    },
+    "first-keys-and-window": lambda s, g: {
+        "mask": fastattn.sliding_window(8, 0) | fastattn.causal() & fastattn.prefix(3)
+    },
+    "chunked": lambda s, g: {"mask": fastattn.causal() & fastattn.chunked(23)},
+    "documents": lambda s, g: {
+        "mask": fastattn.documents(_bounds(min(s.q_length, s.k_length), 0.2, 0.2, 0.7, 1))
+    },
+    "documents-causal": lambda s, g: {
+        "mask": fastattn.documents(_bounds(s.q_length, 0.1, 0.6, 0.9), _bounds(s.k_length, 0.3, 0.5, 1))
+        & fastattn.causal()
+    },
+    "position-ids": lambda s, g: {
+        "mask": fastattn.documents(position_ids=_position_ids(s, s.batch)) & fastattn.causal()
+    },
+    "key-padding": lambda s, g: {
+        "mask": fastattn.key_padding(torch.arange(s.batch) * s.k_length // max(s.batch - 1, 1))
+    },
+    "block-sparse": lambda s, g: {"mask": _blocks(s, g, 1, 1, (20, 32))},
+    "block-sparse-causal": lambda s, g: {"mask": _blocks(s, g, s.batch, s.heads, 16) & fastattn.causal()},
+    "two-block-sizes": lambda s, g: {"mask": _blocks(s, g, 1, s.heads, 33) & _blocks(s, g, s.batch, 1, 64)},
+    "dense-mask": lambda s, g: {"mask": _keep(g, s.batch, s.heads, s.q_length, s.k_length)},
+    "dense-mask-of-keys": lambda s, g: {"mask": _keep(g, s.batch, 1, 1, s.k_length)},
+    "dense-mask-2d": lambda s, g: {"mask": _keep(g, s.q_length, s.k_length)},
+    "blocks-or-window": lambda s, g: {"mask": _blocks(s, g, 1, s.heads, 40) | fastattn.sliding_window(5, 5)},
+    "either-of-three": lambda s, g: {
+        "mask": fastattn.sliding_window(4, 0)
+        | fastattn.chunked(31) & fastattn.causal()
+        | fastattn.key_padding(torch.full((s.batch,), min(7, s.k_length)))
+    },
+}
+BIASES: dict[str, Feature] = {
+    "bias-BHQK": _dense("B", "H", "Q", "K"),
+    "bias-1HQK": _dense("H", "Q", "K"),
+    "bias-B1QK": _dense("B", "Q", "K"),
+    "bias-11QK": _dense("Q", "K"),
+    "bias-BH1K": _dense("B", "H", "K"),
+    "bias-B11K": _dense("B", "K"),
+    "bias-1HQ1": _dense("H", "Q"),
+    "bias-1111": _dense(),
+    "alibi": lambda s, g: {"bias": fastattn.alibi(torch.rand(s.heads, generator=g))},
+    "alibi-of-each": lambda s, g: {"bias": fastattn.alibi(torch.rand(s.batch, s.heads, generator=g))},
+    "relative-position": lambda s, g: {
+        "bias": fastattn.relative_position(torch.randn(12, s.heads, generator=g), max_distance=50)
+    },
+    "relative-position-decoder": lambda s, g: {
+        "bias": fastattn.relative_position(
+            torch.randn(6, s.heads, generator=g), bidirectional=False, max_distance=20
+        )
+    },
+    "sum-of-biases": lambda s, g: {
+        "bias": fastattn.alibi(torch.rand(s.heads, generator=g))
+        + torch.randn(1, 1, 1, s.k_length, generator=g)
+        + fastattn.relative_position(torch.randn(8, s.heads, generator=g), max_distance=30)
+    },
+}
+OTHERS: dict[str, Feature] = {
+    "softcap": lambda s, g: {"softcap": 1.5},
+    "sinks": lambda s, g: {"sinks": torch.randn(s.heads, generator=g)},
+    "dropout": lambda s, g: {"dropout": 0.3, "seed": 11},
+    "scale": lambda s, g: {"scale": -0.4},
+    "starts": lambda s, g: {"q_start": 37, "k_start": 5},
+    "starts-of-each": lambda s, g: {"q_start": torch.arange(s.batch) * 40 + 3},
+}
+FEATURES: dict[str, Feature] = MASKS | BIASES | OTHERS
+
+OF_DOCUMENTS = {"documents", "documents-causal", "position-ids"}
+OF_STARTS = {"starts", "starts-of-each"}
+
+
+def go_together(names: Sequence[str]) -> bool:
+    """Whether `attention` takes all of these at once."""
+    some = set(names)
+    starts = some & OF_STARTS
+    if len(some & OF_DOCUMENTS) + len(starts) > 1:
+        return False
+    return not {"dropout", "starts-of-each"} <= some
+
+
+def sizes_for(names: Sequence[str], sizes: Sizes) -> Sizes:
+    """Position ids are for queries and keys of one length."""
+    return sizes._replace(k_length=sizes.q_length) if "position-ids" in names else sizes
+
+
+def options_of(names: Sequence[str], sizes: Sizes, seed: int = 2) -> Options:
+    """The features joined: masks by &, biases by +."""
+    g = Generator().manual_seed(seed)
+    given = [FEATURES[name](sizes, g) for name in names]
+    joined: Options = {}
+    for options in given:
+        joined.update(options)
+    masks = [fastattn.Mask() & options["mask"] for options in given if "mask" in options]
+    biases = [options["bias"] for options in given if "bias" in options]
+    if masks:
+        joined["mask"] = functools.reduce(operator.and_, masks)
+    if biases:
+        joined["bias"] = functools.reduce(operator.add, biases)
+    return joined

@@ -1,0 +1,75 @@
+"""Two and three features at once, of any sizes, on any backend: drawn, the same on every run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import fastattn
+from fastattn.testing import assert_within_budget, attention_errors, present_isas
+from tests.attention.cases import FEATURES, Sizes, go_together, options_of, route, sizes_for
+
+SETTINGS = {
+    "deadline": None,
+    "suppress_health_check": list(HealthCheck),
+    "derandomize": True,
+    "database": None,
+}
+SIZES = st.builds(
+    lambda batch, kv_heads, group, q_length, k_length, dim, v_dim: Sizes(
+        batch, kv_heads * group, kv_heads, q_length, k_length, dim, v_dim
+    ),
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    q_length=st.integers(1, 110),
+    k_length=st.integers(1, 150),
+    dim=st.integers(1, 40),
+    v_dim=st.integers(1, 40),
+)
+FEW = st.lists(st.sampled_from(list(FEATURES)), min_size=2, max_size=3, unique=True)
+HERE = ["reference", *(f"cpu-{isa}" for isa in present_isas())]
+
+
+@settings(max_examples=250, **SETTINGS)
+@given(
+    names=FEW,
+    sizes=SIZES,
+    name=st.sampled_from(HERE),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_features_joined(names: list[str], sizes: Sizes, name: str, dtype: torch.dtype) -> None:
+    assume(go_together(names))
+    sizes = sizes_for(names, sizes)
+    with route(name) as backend:
+        options = options_of(names, sizes)
+        assert_within_budget(attention_errors(*sizes.tensors(dtype), backend=backend, **options))
+
+
+@pytest.mark.skipif(not present_isas(), reason="the C++ library is not here")
+@settings(max_examples=25, **SETTINGS)
+@given(names=FEW, q_length=st.integers(200, 700), k_length=st.integers(200, 1200))
+def test_features_joined_over_many_tiles(names: list[str], q_length: int, k_length: int) -> None:
+    assume(go_together(names))
+    sizes = sizes_for(names, Sizes(1, 2, 1, q_length, k_length, 8, 8))
+    assert_within_budget(attention_errors(*sizes.tensors(), backend="cpu", **options_of(names, sizes)))
+
+
+@pytest.mark.skipif(not present_isas(), reason="the C++ library is not here")
+@settings(max_examples=60, **SETTINGS)
+@given(names=FEW, sizes=SIZES)
+def test_backends_drop_the_same(names: list[str], sizes: Sizes) -> None:
+    """With dropout a wrong element would be far out of any tolerance."""
+    names = [name for name in names if name not in ("dropout", "starts-of-each")]
+    assume(go_together(names))
+    sizes = sizes_for(names, sizes)
+    q, k, v = sizes.tensors()
+    options = options_of([*names, "dropout"], sizes)
+    results = []
+    for name in HERE:
+        with route(name) as backend:
+            results.append(fastattn.attention(q, k, v, backend=backend, **options))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-4, rtol=1e-4)

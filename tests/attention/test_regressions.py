@@ -1,0 +1,31 @@
+"""One test for each bug there was, named for it."""
+
+from __future__ import annotations
+
+import torch
+
+import fastattn
+
+
+def test_masks_joined_by_or_under_compile() -> None:
+    """Dynamo can't trace `not clause` of a tuple inside a generator expression."""
+
+    def f(q: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention(q, q, q, mask=fastattn.causal() | fastattn.prefix(prefix))
+
+    torch._dynamo.reset()
+    q, prefix = torch.randn(2, 1, 9, 4), torch.tensor([2, 5])
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, prefix), f(q, prefix))
+
+
+def test_lengths_that_differ_with_the_sample_under_vmap_of_grad() -> None:
+    """Their values were read where they are wrapped twice: "Cannot access data pointer of Tensor"."""
+
+    def loss(q: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention(q, q, q, mask=fastattn.key_padding(lengths)).square().sum()
+
+    q, lengths = torch.randn(3, 2, 1, 9, 4), torch.tensor([[2, 5], [9, 0], [1, 1]])
+    found = torch.vmap(torch.func.grad(loss))(q, lengths)
+    for i in range(3):
+        torch.testing.assert_close(found[i], torch.func.grad(loss)(q[i], lengths[i]))
