@@ -49,7 +49,7 @@ MATHEMATICS = {
     "ops.statistics",
     "ops.merge",
 }
-SPEAKS_TO_PEOPLE = {"fastattn", "ops", "ops.api", "nn", *MATHEMATICS}
+SPEAKS_TO_PEOPLE = {"fastattn", "ops", "ops.api", "ops.kv_cache", "ops.varlen", "nn", *MATHEMATICS}
 MAY_IMPORT = {
     "_build": set(),
     "_backends": {"_build"},
