@@ -1,4 +1,4 @@
-"""Every mask's `to_dense` against its definition, element by element in plain Python."""
+"""Every mask against its definition, element by element in plain Python: dense, and as the kernels get it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastattn
+from fastattn.ops.attention.biases import Bias
+from fastattn.ops.attention.problem import resolve
 
 BATCH, HEADS = 2, 2
 LENGTHS = [(7, 11), (11, 7), (9, 9), (1, 5), (5, 1)]
@@ -258,6 +261,25 @@ def made(terms: list[list[Rule]], q_length: int, k_length: int) -> fastattn.Mask
     return whole
 
 
+def resolved(mask: fastattn.Mask, q_length: int, k_length: int, q_start: Any, k_start: Any) -> Tensor:
+    """The pairs that are left by what the kernels are given in place of the mask."""
+    q, k = torch.empty(BATCH, HEADS, q_length, 1), torch.empty(BATCH, HEADS, k_length, 1)
+    problem = resolve(q, k, mask, Bias(), None, None, q_start, k_start, 1.0, 0.0, 0.0)
+    i, j = torch.arange(q_length)[:, None], torch.arange(k_length)
+    diagonal = i + (k_length - q_length if problem.bottom_right else problem.q_start - problem.k_start)
+    keep = torch.ones(BATCH, HEADS, q_length, k_length, dtype=torch.bool)
+    if problem.left >= 0:
+        keep &= j >= diagonal - problem.left
+    if problem.right >= 0:
+        keep &= j <= diagonal + problem.right
+    if problem.ranges is not None:
+        first, end = problem.ranges[..., 0, None], problem.ranges[..., 1, None]  # [B or 1, K, L_q or 1, 1]
+        keep &= ((j >= first) & (j < end)).any(1, keepdim=True)
+    if problem.blocks is not None:
+        keep &= problem.blocks[:, :, i // problem.block_q, j // problem.block_k]
+    return keep if problem.mask is None else keep & problem.mask
+
+
 def check(
     terms: list[list[Rule]],
     q_length: int,
@@ -265,15 +287,15 @@ def check(
     q_start: int | None = None,
     k_start: int | None = None,
 ) -> None:
-    found = made(terms, q_length, k_length).to_dense(
-        batch=BATCH, q_length=q_length, k_length=k_length, q_start=q_start, k_start=k_start
-    )
+    mask = made(terms, q_length, k_length)
+    found = mask.to_dense(batch=BATCH, q_length=q_length, k_length=k_length, q_start=q_start, k_start=k_start)
     want = expected(terms, q_length, k_length, q_start, k_start)
     if found is None:
         assert want.all()
-        return
-    assert found.dtype == torch.bool and found.dim() == 4
-    assert torch.equal(found.expand(want.shape), want), (found.int(), want.int())
+    else:
+        assert found.dtype == torch.bool and found.dim() == 4
+        assert torch.equal(found.expand(want.shape), want), (found.int(), want.int())
+    assert torch.equal(resolved(mask, q_length, k_length, q_start, k_start), want)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -359,14 +381,19 @@ def test_documents_of_position_ids(batch: int) -> None:
         ("causal-bottom_right", "prefix(3)", "documents"),
         ("padding", "blocks-1-1", "window(3,1)-top_left"),
         ("dense-L-L", "documents", "causal-top_left"),
+        ("documents", "prefix(3)", "window(3,1)-bottom_right"),
+        ("documents", "padding", "chunked(3)-bottom_right"),
     ],
 )
 def test_and_distributes_over_or(a: str, b: str, c: str) -> None:
-    x, y, z = (fastattn.Mask() & RULES[name].make(9, 9) for name in (a, b, c))
-    sizes = {"batch": BATCH, "q_length": 9, "k_length": 9}
-    full = (BATCH, HEADS, 9, 9)
+    """Where one of the two has documents, what both are joined with counts in each of them on its own."""
+    x, y, z = (fastattn.Mask() & RULES[name].make(7, 11) for name in (a, b, c))
+    sizes = {"batch": BATCH, "q_length": 7, "k_length": 11}
+    full = (BATCH, HEADS, 7, 11)
     for one, other in (((x | y) & z, x & z | y & z), (z & (x | y), z & x | z & y), (x | y, y | x)):
-        assert torch.equal(one.to_dense(**sizes).expand(full), other.to_dense(**sizes).expand(full))
+        want = other.to_dense(**sizes).expand(full)
+        assert torch.equal(one.to_dense(**sizes).expand(full), want)
+        assert torch.equal(resolved(one, 7, 11, None, None), want)
 
 
 def test_no_constraint() -> None:
