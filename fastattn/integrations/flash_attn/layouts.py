@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -138,9 +139,9 @@ class Sequences:
         rows: Tensor = empty.index_copy(0, self.slots(x.shape[0], flush_right), x)
         return rows[:-1].view(len(self), self.longest, *x.shape[1:])
 
-    def unpad(self, x: Tensor, total: int, flush_right: bool) -> Tensor:
-        """``(N, longest, ...)`` as ``(total, ...)``, with 0 in places of no sequence."""
-        rows = torch.cat((x.flatten(0, 1), x.new_zeros((1, *x.shape[2:]))))
+    def unpad(self, x: Tensor, total: int, flush_right: bool, nothing: float = 0.0) -> Tensor:
+        """``(N, longest, ...)`` as ``(total, ...)``, with `nothing` in places of no sequence."""
+        rows = torch.cat((x.flatten(0, 1), x.new_full((1, *x.shape[2:]), nothing)))
         return rows.index_select(0, self.slots(total, flush_right))
 
 
@@ -206,7 +207,8 @@ class Padded(Layout):
         return self.queries(lse.transpose(0, 1)[..., None])[..., 0]
 
     def from_lse(self, lse: Tensor) -> Tensor:
-        return self.from_queries(lse[..., None])[..., 0].transpose(0, 1)
+        rows = self.q.unpad(lse.transpose(1, 2), self.totals[0], flush_right=True, nothing=-math.inf)
+        return rows.transpose(0, 1)
 
     def key_positions(self, k: Tensor) -> Tensor:
         index = torch.arange(k.shape[2], device=k.device)
