@@ -5,19 +5,19 @@
 
 #include "attention/attention.h"
 
-#define FASTATTN_ATTENTION_PROBLEM                                                             \
-  "Tensor? mask, Tensor? lengths, Tensor? bias, Tensor? seed, int diagonal, float scale, int " \
-  "drop_threshold, int isa, "
-#define FASTATTN_ATTENTION_SAVED \
-  "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+#define ATTENTION_PROBLEM                                                                           \
+  "Tensor? mask, Tensor? blocks, Tensor? ranges, Tensor? bias, Tensor? relative, Tensor? origin, "  \
+  "Tensor? sinks, Tensor? seed, int left, int right, bool bottom_right, int q_start, int k_start, " \
+  "int block_q, int block_k, float scale, float softcap, int drop_threshold, int isa, "
+#define ATTENTION_SAVED "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
 
 STABLE_TORCH_LIBRARY(fastattn_cpu, m) {
-  m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTATTN_ATTENTION_PROBLEM
+  m.def("attention_forward(Tensor q, Tensor k, Tensor v, " ATTENTION_PROBLEM
         "Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def("attention_backward(" FASTATTN_ATTENTION_SAVED FASTATTN_ATTENTION_PROBLEM
+  m.def("attention_backward(" ATTENTION_SAVED ATTENTION_PROBLEM
         "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
-  m.def("attention_bias_backward(" FASTATTN_ATTENTION_SAVED FASTATTN_ATTENTION_PROBLEM
-        "Tensor(a!) dbias) -> ()");
+  m.def("attention_parameter_backward(" ATTENTION_SAVED ATTENTION_PROBLEM
+        "int wanted, Tensor(a!) dbias, Tensor(b!) drelative, Tensor(c!) dsinks) -> ()");
   m.def("isa_present() -> int");
   m.def("fma_loop(int steps, int isa) -> float");
 }
@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(fastattn_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&fastattn::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&fastattn::attention_backward));
-  m.impl("attention_bias_backward", TORCH_BOX(&fastattn::attention_bias_backward));
+  m.impl("attention_parameter_backward", TORCH_BOX(&fastattn::attention_parameter_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CompositeExplicitAutograd, m) {

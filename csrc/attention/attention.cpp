@@ -51,22 +51,38 @@ Rows rows(const Tensor& x, const Tensor& like, const Tensor& q) {
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-Scores scores(const OptionalTensor& x, const AttentionProblem& p) {
-  if (!x) return {nullptr, 0, 0, 0, 0};
-  const int64_t full[] = {p.batch, p.heads, p.q_length, p.k_length};
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// `x`, which broadcasts to `full` in all but its last `exact` dimensions.
+Scores scores(const char* name, const Tensor& x, const int64_t (&full)[4], int64_t exact) {
   int64_t stride[4];
-  STD_TORCH_CHECK(x->dim() == 4 && x->is_cpu(), "expected 4 dimensions on cpu");
+  STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu(), name, ": expected 4 dimensions on cpu");
   for (int64_t i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(x->size(i) == 1 || x->size(i) == full[i], "size ", x->size(i), " does not broadcast to ",
-                    full[i]);
-    stride[i] = x->size(i) == 1 ? 0 : x->stride(i);
+    STD_TORCH_CHECK(x.size(i) == full[i] || (x.size(i) == 1 && i < 4 - exact), name, ": size ", x.size(i),
+                    " does not broadcast to ", full[i]);
+    stride[i] = x.size(i) == 1 ? 0 : x.stride(i);
   }
-  return {x->data_ptr(), stride[0], stride[1], stride[2], stride[3]};
+  return {x.data_ptr(), stride[0], stride[1], stride[2], stride[3]};
 }
 
-AttentionProblem problem(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
-                         const OptionalTensor& lengths, const OptionalTensor& bias,
-                         const OptionalTensor& seed, int64_t diagonal, double scale, int64_t drop_threshold,
+const int32_t* int32s(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Int, name,
+                  ": expected contiguous int32 on cpu");
+  return static_cast<const int32_t*>(x.data_ptr());
+}
+const float* floats(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float, name,
+                  ": expected contiguous float32 on cpu");
+  return static_cast<const float*>(x.data_ptr());
+}
+// The stride along a dimension of a contiguous tensor, 0 where it broadcasts to `full`.
+int64_t step(const char* name, const Tensor& x, int64_t dim, int64_t full) {
+  STD_TORCH_CHECK(x.size(dim) == 1 || x.size(dim) == full, name, ": size ", x.size(dim),
+                  " does not broadcast to ", full);
+  return x.size(dim) == 1 ? 0 : x.stride(dim);
+}
+
+AttentionProblem problem(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& o,
                          const Tensor& out, const Tensor& lse) {
   AttentionProblem p{};
   p.dtype = dtype_of(q);
@@ -82,57 +98,96 @@ AttentionProblem problem(const Tensor& q, const Tensor& k, const Tensor& v, cons
                       lse.numel() == p.batch * p.heads * p.q_length && lse.scalar_type() == ScalarType::Float,
                   "out or lse does not fit q and v");
   p.lse = static_cast<float*>(lse.data_ptr());
-  p.mask = scores(mask, p);
-  STD_TORCH_CHECK(!mask || mask->scalar_type() == ScalarType::Bool, "mask: expected bool");
-  p.bias = scores(bias, p);
-  if (bias) p.bias_dtype = dtype_of(*bias);
-  if (lengths) {
-    STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long && lengths->is_contiguous() &&
-                        lengths->is_cpu() && lengths->numel() == p.batch,
-                    "lengths: expected int64 [batch] on cpu");
-    p.lengths = static_cast<const int64_t*>(lengths->data_ptr());
+
+  p.left = o.left, p.right = o.right;
+  p.q_start = o.q_start, p.k_start = o.k_start;
+  p.diagonal = o.bottom_right ? p.k_length - p.q_length : o.q_start - o.k_start;
+  if (o.ranges) {
+    const Tensor& x = *o.ranges;
+    STD_TORCH_CHECK(x.dim() == 4 && x.size(3) == 2, "ranges: expected [B or 1, K, L_q or 1, 2]");
+    p.ranges = {int32s("ranges", x), x.size(1), step("ranges", x, 0, p.batch), x.stride(1),
+                step("ranges", x, 2, p.q_length)};
   }
-  STD_TORCH_CHECK(drop_threshold >= 0 && drop_threshold < 65536, "drop_threshold: expected 0 to 65535");
-  if (drop_threshold > 0) {
-    STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cpu(),
-                    "seed: expected int64 [1] on cpu");
-    p.seed = *static_cast<const uint64_t*>(seed->data_ptr());
+  if (o.blocks) {
+    STD_TORCH_CHECK(o.block_q > 0 && o.block_k > 0, "blocks: expected sizes above 0");
+    p.block_q = o.block_q, p.block_k = o.block_k;
+    p.blocks =
+        scores("blocks", *o.blocks,
+               {p.batch, p.heads, ceil_div(p.q_length, p.block_q), ceil_div(p.k_length, p.block_k)}, 2);
+    STD_TORCH_CHECK(o.blocks->scalar_type() == ScalarType::Bool, "blocks: expected bool");
   }
-  p.diagonal = static_cast<int>(diagonal);
-  p.scale = static_cast<float>(scale);
-  p.drop_threshold = static_cast<uint32_t>(drop_threshold);
+  if (o.mask) {
+    p.mask = scores("mask", *o.mask, {p.batch, p.heads, p.q_length, p.k_length}, 0);
+    STD_TORCH_CHECK(o.mask->scalar_type() == ScalarType::Bool, "mask: expected bool");
+  }
+
+  p.scale = static_cast<float>(o.scale), p.softcap = static_cast<float>(o.softcap);
+  if (o.bias) {
+    p.bias = scores("bias", *o.bias, {p.batch, p.heads, p.q_length, p.k_length}, 0);
+    p.bias_dtype = dtype_of(*o.bias);
+  }
+  if (o.relative) {
+    const Tensor& x = *o.relative;
+    const int64_t length = p.q_length + p.k_length, size = o.origin ? 2 * length + 1 : length;
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(2) == size, "relative: expected [B or 1, H or 1, ", size, "]");
+    p.relative = floats("relative", x);
+    p.relative_batch = step("relative", x, 0, p.batch), p.relative_head = step("relative", x, 1, p.heads);
+  }
+  if (o.origin) {
+    STD_TORCH_CHECK(o.origin->dim() == 2 && o.origin->size(1) == p.q_length,
+                    "origin: expected [B or 1, L_q]");
+    p.origin = int32s("origin", *o.origin);
+    p.origin_batch = step("origin", *o.origin, 0, p.batch);
+  }
+  if (o.sinks) {
+    STD_TORCH_CHECK(o.sinks->dim() == 2 && o.sinks->size(1) == p.heads, "sinks: expected [B or 1, H]");
+    p.sinks = floats("sinks", *o.sinks);
+    p.sinks_batch = step("sinks", *o.sinks, 0, p.batch);
+  }
+
+  STD_TORCH_CHECK(o.drop_threshold >= 0 && o.drop_threshold < 65536, "drop_threshold: expected 0 to 65535");
+  if (o.drop_threshold > 0) {
+    STD_TORCH_CHECK(
+        o.seed && o.seed->scalar_type() == ScalarType::Long && o.seed->numel() == 1 && o.seed->is_cpu(),
+        "seed: expected int64 [1] on cpu");
+    p.seed = *static_cast<const uint64_t*>(o.seed->data_ptr());
+  }
+  p.drop_threshold = static_cast<uint32_t>(o.drop_threshold);
   return p;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// What both backward ops share: the row statistics are computed here.
+// What both backward ops share: statistics of the rows, and what these see.
 struct Statistics {
-  Tensor log2_sum, delta;
+  Tensor log2_sum, delta, seen_keys, seen_blocks;
 };
 Statistics row_statistics(const AttentionKernels& kernel, const AttentionProblem& p, AttentionGradients& g,
                           const Tensor& lse, const OptionalTensor& dlse) {
   STD_TORCH_CHECK(!dlse || (dlse->is_cpu() && dlse->is_contiguous() && dlse->numel() == lse.numel() &&
                             dlse->scalar_type() == ScalarType::Float),
                   "dlse does not fit lse");
-  Statistics s{torch::stable::empty_like(lse), torch::stable::empty_like(lse)};
+  const int64_t query_blocks = ceil_div(p.q_length, kernel.query_block);
+  const auto integers = [&](int64_t count) {
+    return torch::stable::new_empty(lse, {p.batch, count, 2}, ScalarType::Long);
+  };
+  Statistics s{torch::stable::empty_like(lse), torch::stable::empty_like(lse), integers(1),
+               integers(query_blocks)};
   g.dlse = dlse ? static_cast<const float*>(dlse->data_ptr()) : nullptr;
   g.log2_sum = static_cast<float*>(s.log2_sum.data_ptr());
   g.delta = static_cast<float*>(s.delta.data_ptr());
+  g.seen_keys = static_cast<int64_t*>(s.seen_keys.data_ptr());
+  g.seen_blocks = static_cast<int64_t*>(s.seen_blocks.data_ptr());
   run_tasks(p.batch * p.heads, 0,
             [&](int64_t i, char*) { kernel.backward_rows(p, g, i / p.heads, i % p.heads); });
+  run_tasks(p.batch, 0, [&](int64_t i, char*) { kernel.backward_seen(p, g, i); });
   return s;
 }
 
 }  // namespace
 
-void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
-                       const OptionalTensor& lengths, const OptionalTensor& bias, const OptionalTensor& seed,
-                       int64_t diagonal, double scale, int64_t drop_threshold, int64_t isa, const Tensor& out,
-                       const Tensor& lse) {
+void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, FASTATTN_ATTENTION_OPTIONS,
+                       int64_t isa, const Tensor& out, const Tensor& lse) {
   const AttentionKernels& kernel = kernels(isa);
-  const AttentionProblem p =
-      problem(q, k, v, mask, lengths, bias, seed, diagonal, scale, drop_threshold, out, lse);
+  const AttentionProblem p = problem(q, k, v, FASTATTN_ATTENTION_GIVEN, out, lse);
   // Many rows a task make the packing of keys and values cheap; few make the tasks even.
   const int64_t threads = torch::stable::get_num_threads(), matrices = p.batch * p.heads;
   int64_t rows = 1536;
@@ -140,23 +195,19 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
   while (rows > 48 && tasks() < 4 * threads) rows /= 2;
   while (rows > 12 && tasks() < threads) rows /= 2;  // rather dear packing than an idle thread
   rows = ceil_div(rows, kernel.row_block) * kernel.row_block;
-  const int64_t blocks = ceil_div(p.q_length, rows);
+  const int64_t row_blocks = ceil_div(p.q_length, rows);
   // Under a causal mask the last rows have the most keys: longest first.
-  run_tasks(matrices * blocks, kernel.forward_scratch(p, rows), [&](int64_t i, char* scratch) {
-    const int64_t first = (blocks - 1 - i / matrices) * rows, matrix = i % matrices;
+  run_tasks(matrices * row_blocks, kernel.forward_scratch(p, rows), [&](int64_t i, char* scratch) {
+    const int64_t first = (row_blocks - 1 - i / matrices) * rows, matrix = i % matrices;
     const int64_t count = first + rows < p.q_length ? rows : p.q_length - first;
     kernel.forward(p, matrix / p.heads, matrix % p.heads, first, count, scratch);
   });
 }
 
-void attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-                        const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& mask,
-                        const OptionalTensor& lengths, const OptionalTensor& bias, const OptionalTensor& seed,
-                        int64_t diagonal, double scale, int64_t drop_threshold, int64_t isa, const Tensor& dq,
+void attention_backward(FASTATTN_ATTENTION_SAVED, FASTATTN_ATTENTION_OPTIONS, int64_t isa, const Tensor& dq,
                         const Tensor& dk, const Tensor& dv) {
   const AttentionKernels& kernel = kernels(isa);
-  const AttentionProblem p =
-      problem(q, k, v, mask, lengths, bias, seed, diagonal, scale, drop_threshold, out, lse);
+  const AttentionProblem p = problem(q, k, v, FASTATTN_ATTENTION_GIVEN, out, lse);
   AttentionGradients g{};
   g.dout = rows(dout, out, q), g.dq = rows(dq, q, q), g.dk = rows(dk, k, q), g.dv = rows(dv, v, q);
   const Statistics statistics = row_statistics(kernel, p, g, lse, dlse);
@@ -171,38 +222,56 @@ void attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Te
 
   // The first keys have the most queries under a causal mask: longest first, and neighbours in time on other
   // heads.
-  const int64_t kv_matrices = p.batch * p.kv_heads, blocks = ceil_div(p.k_length, kernel.key_block(p));
-  run_tasks(kv_matrices * blocks, kernel.backward_scratch(p), [&](int64_t i, char* scratch) {
+  const int64_t kv_matrices = p.batch * p.kv_heads, key_blocks = ceil_div(p.k_length, kernel.key_block(p));
+  run_tasks(kv_matrices * key_blocks, kernel.backward_scratch(p), [&](int64_t i, char* scratch) {
     const int64_t matrix = i % kv_matrices;
     kernel.backward_keys(p, g, matrix / p.kv_heads, matrix % p.kv_heads, i / kv_matrices, scratch);
   });
   run_tasks(matrices, 0, [&](int64_t i, char*) { kernel.backward_queries(p, g, i / p.heads, i % p.heads); });
 }
 
-void attention_bias_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-                             const Tensor& v, const Tensor& out, const Tensor& lse,
-                             const OptionalTensor& mask, const OptionalTensor& lengths,
-                             const OptionalTensor& bias, const OptionalTensor& seed, int64_t diagonal,
-                             double scale, int64_t drop_threshold, int64_t isa, const Tensor& dbias) {
+void attention_parameter_backward(FASTATTN_ATTENTION_SAVED, FASTATTN_ATTENTION_OPTIONS, int64_t isa,
+                                  int64_t wanted, const Tensor& dbias, const Tensor& drelative,
+                                  const Tensor& dsinks) {
   const AttentionKernels& kernel = kernels(isa);
-  const AttentionProblem p =
-      problem(q, k, v, mask, lengths, bias, seed, diagonal, scale, drop_threshold, out, lse);
-  STD_TORCH_CHECK(bias && dbias.is_contiguous() && dbias.scalar_type() == ScalarType::Float &&
-                      dbias.numel() == bias->numel(),
-                  "dbias: expected contiguous float32 of bias's shape");
+  const AttentionProblem p = problem(q, k, v, FASTATTN_ATTENTION_GIVEN, out, lse);
+  const auto grad = [](const char* name, const OptionalTensor& of, const Tensor& x) {
+    STD_TORCH_CHECK(of && x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float &&
+                        x.numel() == of->numel(),
+                    name, ": expected contiguous float32 of the shape of what it is the gradient of");
+    return static_cast<float*>(x.data_ptr());
+  };
   AttentionGradients g{};
   g.dout = rows(dout, out, q);
+  Tensor each = torch::stable::new_zeros(lse, {p.batch * p.heads});
+  if (wanted & 4) g.dsinks = static_cast<float*>(each.data_ptr());
   const Statistics statistics = row_statistics(kernel, p, g, lse, dlse);
-  g.dbias = static_cast<float*>(dbias.data_ptr());
-  g.bias_batch = bias->size(0), g.bias_heads = bias->size(1);
-  g.bias_rows = bias->size(2), g.bias_columns = bias->size(3);
-
-  const int64_t matrices = g.bias_batch * g.bias_heads;
-  const int64_t blocks = g.bias_columns == 1 ? 1 : ceil_div(p.k_length, kernel.key_block(p));
-  run_tasks(matrices * blocks, kernel.backward_scratch(p), [&](int64_t i, char* scratch) {
-    const int64_t matrix = i % matrices;
-    kernel.backward_bias(p, g, matrix / g.bias_heads, matrix % g.bias_heads, i / matrices, scratch);
-  });
+  if (wanted & 4) {
+    float* sum = grad("dsinks", sinks, dsinks);
+    const int64_t count = dsinks.numel();
+    for (int64_t i = 0; i < count; ++i) sum[i] = 0.0f;
+    for (int64_t i = 0; i < p.batch * p.heads; ++i) sum[i % count] += g.dsinks[i];
+  }
+  if (wanted & 1) {
+    g.dbias = grad("dbias", bias, dbias);
+    g.bias_batch = bias->size(0), g.bias_heads = bias->size(1);
+    g.bias_rows = bias->size(2), g.bias_columns = bias->size(3);
+    const int64_t matrices = g.bias_batch * g.bias_heads;
+    const int64_t key_blocks = g.bias_columns == 1 ? 1 : ceil_div(p.k_length, kernel.key_block(p));
+    run_tasks(matrices * key_blocks, kernel.backward_scratch(p), [&](int64_t i, char* scratch) {
+      const int64_t matrix = i % matrices;
+      kernel.backward_bias(p, g, matrix / g.bias_heads, matrix % g.bias_heads, i / matrices, scratch);
+    });
+  }
+  if (wanted & 2) {
+    g.drelative = grad("drelative", relative, drelative);
+    g.relative_batches = relative->size(0), g.relative_heads = relative->size(1);
+    g.relative_size = relative->size(2);
+    run_tasks(g.relative_batches * g.relative_heads, kernel.backward_scratch(p),
+              [&](int64_t i, char* scratch) {
+                kernel.backward_relative(p, g, i / g.relative_heads, i % g.relative_heads, scratch);
+              });
+  }
 }
 
 int64_t isa_mask() {

@@ -36,7 +36,7 @@ FASTATTN_INLINE void reduce_rows(const vf (&rows)[ROWS_UP], float (&out)[ROWS_UP
 // p is zeroed where dropout says so (l is not: dropout acts on normalised probabilities).
 template <bool DROP>
 FASTATTN_INLINE void softmax_strip(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query,
-                                   int64_t key, int64_t columns, float* scores, const vf (&peak)[ROWS_UP],
+                                   int64_t key, uint64_t found, float* scores, const vf (&peak)[ROWS_UP],
                                    float* m, float* l, float (&decay)[ROWS_UP]) {
   float best[ROWS_UP], before[ROWS_UP] = {}, shift[ROWS_UP];
   reduce_rows(peak, best, [](vf a, vf b) { return max(a, b); });
@@ -53,28 +53,37 @@ FASTATTN_INLINE void softmax_strip(const AttentionProblem& p, int64_t batch, int
   vf sum[ROWS_UP] = {};
   for (int i = 0; i < ROWS; ++i) {
     vf sum0{}, sum1{};
-    uint32_t numbers[kPhiloxGroup];
-    for (int64_t c = 0; c < columns; c += PANEL) {
-      float* x = scores + i * LD + c;
-      vf p0 = exp2(load(x) - shift[i]), p1 = exp2(load(x + W) - shift[i]);
-      sum0 += p0;
-      sum1 += p1;
-      if constexpr (DROP) {
-        if (c % kPhiloxGroup == 0)
-          philox_group(p.seed, static_cast<uint32_t>(batch), static_cast<uint32_t>(head),
-                       static_cast<uint32_t>(query + i), static_cast<uint32_t>((key + c) / kPhiloxGroup),
-                       numbers);
-        p0 = select(kept(numbers, c, p.drop_threshold), p0, vf{});
-        p1 = select(kept(numbers, c + W, p.drop_threshold), p1, vf{});
+    Dropout dropout(p, batch, head, query + i);
+    for_runs(found, [&](int64_t first, int64_t end) {
+      for (int64_t c = first; c < end; c += PANEL) {
+        float* x = scores + i * LD + c;
+        vf p0 = exp2(load(x) - shift[i]), p1 = exp2(load(x + W) - shift[i]);
+        sum0 += p0;
+        sum1 += p1;
+        if constexpr (DROP) {
+          p0 = select(dropout.kept(key + c), p0, vf{});
+          p1 = select(dropout.kept(key + c + W), p1, vf{});
+        }
+        store(x, p0);
+        store(x + W, p1);
       }
-      store(x, p0);
-      store(x + W, p1);
-    }
+    });
     sum[i] = sum0 + sum1;
   }
   float total[ROWS_UP];
   reduce_rows(sum, total, [](vf a, vf b) { return a + b; });
   for (int i = 0; i < ROWS; ++i) l[i] = l[i] * decay[i] + total[i];
+}
+
+// A sink is one more score: m' = max(m, sink), l' = l 2^(m - m') + 2^(sink - m'), and out goes down with l.
+void add_sink(float sink, int64_t rows, float* out, int64_t stride, float* m, float* l) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float top = m[r] > sink ? m[r] : sink, shift = top == -kInf ? 0.0f : top;
+    const float decay = exp2(broadcast(m[r] - shift))[0];
+    l[r] = l[r] * decay + exp2(broadcast(sink - shift))[0];
+    m[r] = top;
+    for (int64_t d = 0; d < stride; d += W) store(out + r * stride + d, load(out + r * stride + d) * decay);
+  }
 }
 
 void forward(const AttentionProblem& p, int64_t batch, int64_t head, int64_t first, int64_t rows,
@@ -94,33 +103,48 @@ void forward(const AttentionProblem& p, int64_t batch, int64_t head, int64_t fir
 
   with_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    pack_rows(row<T>(p.q, batch, head, first), p.q.row, rows, padded, p.qk_dim, p.scale * kLog2e, q);
+    pack_rows(row<T>(p.q, batch, head, first), p.q.row, 0, rows, padded, p.qk_dim, p.scale * kLog2e, q);
   });
   memset(out, 0, static_cast<size_t>(padded * v_stride) * 4);
   for (int64_t i = 0; i < padded; ++i) m[i] = -kInf, l[i] = 0.0f;
 
-  const int64_t end = key_limit(p, batch, first + rows - 1);
-  for (int64_t key = 0; key < end; key += block) {
-    const int64_t keys = min(block, end - key), keys_padded = round_up(keys, PANEL);
-    with_dtype(p.dtype, [&](auto type) {
-      using T = decltype(type);
-      pack_transposed(row<T>(p.k, batch, kv_head, key), p.k.row, keys, keys_padded, p.qk_dim, kt);
-      pack_rows(row<T>(p.v, batch, kv_head, key), p.v.row, keys, keys_padded, p.v_dim, 1.0f, v);
-    });
+  const Range needed = seen(p, batch, first, rows);
+  for (int64_t key = needed.first / block * block; key < needed.end; key += block) {
+    const int64_t keys = min(block, needed.end - key), keys_padded = round_up(keys, PANEL);
+    bool packed = false;
     for (int64_t r = 0; r < rows; r += ROWS) {
       const int64_t query = first + r;
-      const int64_t columns = score_strip(p, batch, head, query, min(ROWS, rows - r), key, keys,
-                                          panel_rows(q, padded, r), kt, scores, peak);
-      if (columns == 0) continue;
+      const Panels found = panels(p, batch, head, query, min(ROWS, rows - r), key, keys);
+      if (!found.some) continue;
+      if (!packed) {
+        packed = true;
+        // Keys that no row sees are zeros here: what lies in their memory may be NaN, and 0 · NaN is not 0.
+        const int64_t skip = max(needed.first - key, 0);
+        with_dtype(p.dtype, [&](auto type) {
+          using T = decltype(type);
+          pack_transposed(row<T>(p.k, batch, kv_head, key), p.k.row, skip, keys, keys_padded, p.qk_dim, kt);
+          pack_rows(row<T>(p.v, batch, kv_head, key), p.v.row, skip, keys, keys_padded, p.v_dim, 1.0f, v);
+        });
+      }
+      score_strip(p, batch, head, query, key, found, panel_rows(q, padded, r), kt, scores, peak, nullptr);
       if (p.drop_threshold)
-        softmax_strip<true>(p, batch, head, query, key, columns, scores, peak, m + r, l + r, decay);
+        softmax_strip<true>(p, batch, head, query, key, found.some, scores, peak, m + r, l + r, decay);
       else
-        softmax_strip<false>(p, batch, head, query, key, columns, scores, peak, m + r, l + r, decay);
+        softmax_strip<false>(p, batch, head, query, key, found.some, scores, peak, m + r, l + r, decay);
       // out = decay · out + p v
-      accumulate<true>(out + r * v_stride, v_stride, Left<LD, 1>{scores, columns, 0}, v, keys_padded * PANEL,
-                       columns, p.v_dim, decay);
+      bool decayed = false;
+      for_runs(found.some, [&](int64_t c, int64_t end) {
+        const Left<LD, 1> left{scores + c, end - c, 0};
+        float* to = out + r * v_stride;
+        if (decayed)
+          accumulate<false>(to, v_stride, left, v + c * PANEL, keys_padded * PANEL, end - c, p.v_dim, decay);
+        else
+          accumulate<true>(to, v_stride, left, v + c * PANEL, keys_padded * PANEL, end - c, p.v_dim, decay);
+        decayed = true;
+      });
     }
   }
+  if (p.sinks) add_sink(p.sinks[batch * p.sinks_batch + head] * kLog2e, rows, out, v_stride, m, l);
 
   const float keep = 65536.0f / static_cast<float>(65536 - p.drop_threshold);
   float* lse = p.lse + (batch * p.heads + head) * p.q_length + first;

@@ -21,9 +21,20 @@ double fma_loop(int64_t steps) {
 }
 
 constexpr AttentionKernels kKernels = {
-    ROWS,          kQueryBlock,      PANEL,         key_block,     forward_scratch,
-    forward,       backward_scratch, backward_rows, backward_keys, backward_queries,
-    backward_bias, fma_loop,
+    ROWS,
+    kQueryBlock,
+    PANEL,
+    key_block,
+    forward_scratch,
+    forward,
+    backward_scratch,
+    backward_rows,
+    backward_seen,
+    backward_keys,
+    backward_queries,
+    backward_bias,
+    backward_relative,
+    fma_loop,
 };
 
 }  // namespace

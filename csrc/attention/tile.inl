@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What forward and backward share: which keys a row may see, and a strip of scores under mask and bias.
+// What forward and backward share: a strip of scores under softcap, bias and mask, and dropout.
 #pragma once
-#include "attention/problem.h"
-#include "common/gemm.h"
+#include "attention/cover.inl"
 #include "common/philox.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -15,7 +14,6 @@ constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kMaxFloat = 3.4028234664e38f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
-constexpr int64_t kMaxKeyBlock = 256;
 // Row stride of a tile of scores. The 16 floats more keep a column's elements off the same cache sets.
 constexpr int LD = kMaxKeyBlock + 16;
 
@@ -42,41 +40,6 @@ struct Scratch {
   }
 };
 
-// Row `query` sees keys below this by the diagonal and the lengths; it does not decrease with `query`.
-FASTATTN_INLINE int64_t key_limit(const AttentionProblem& p, int64_t batch, int64_t query) {
-  int64_t limit = p.k_length;
-  if (p.lengths) limit = min(limit, p.lengths[batch]);
-  if (p.diagonal & 1) limit = min(limit, query + 1);
-  if (p.diagonal & 2) limit = min(limit, query + 1 + p.k_length - p.q_length);
-  return max(limit, 0);
-}
-
-template <class T>
-FASTATTN_INLINE const T* at(const Scores& x, int64_t batch, int64_t head, int64_t query, int64_t key) {
-  return static_cast<const T*>(x.data) + batch * x.batch + head * x.head + query * x.row + key * x.column;
-}
-
-enum class Cover { kNone, kSome, kAll };
-
-// Whether the dense mask keeps none, some or all of rows x columns.
-Cover cover(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query, int64_t rows, int64_t key,
-            int64_t columns) {
-  const Scores& m = p.mask;
-  if (!m.data) return Cover::kAll;
-  uint8_t any = 0, all = 1;
-  if (m.row == 0) rows = 1;
-  if (m.column == 0) columns = 1;
-  for (int64_t i = 0; i < rows; ++i) {
-    const uint8_t* x = at<uint8_t>(m, batch, head, query + i, key);
-    if (m.column == 1) {
-      for (int64_t c = 0; c < columns; ++c) any |= x[c], all &= x[c];
-    } else {
-      for (int64_t c = 0; c < columns; ++c) any |= x[c * m.column], all &= x[c * m.column];
-    }
-  }
-  return all ? Cover::kAll : any ? Cover::kSome : Cover::kNone;
-}
-
 // W neighbouring elements of a row, of which n are there.
 template <class T>
 FASTATTN_INLINE vf load_scores(const T* x, int64_t column_stride, int64_t n) {
@@ -93,75 +56,159 @@ FASTATTN_INLINE vi load_mask(const uint8_t* x, int64_t column_stride, int64_t n)
   return __builtin_convertvector(*reinterpret_cast<const vb_any*>(part), vi) != 0;
 }
 
-// scores[ROWS][first … end) += bias, -inf where a key is masked; their maxima are joined into `peak`.
+// tanh to 2 units in the last place (Cephes' tanhf: a polynomial near 0, where 1 - 2 / (e^2x + 1) loses
+// digits).
+FASTATTN_INLINE vf tanh(vf x) {
+  const vf z = x * x;
+  vf near = broadcast(-5.70498872745e-3f);
+  near = near * z + 2.06390887954e-2f;
+  near = near * z - 5.37397155531e-2f;
+  near = near * z + 1.33314422036e-1f;
+  near = near * z - 3.33332819422e-1f;
+  near = near * z * x + x;
+  const vf size = x < 0.0f ? -x : x, bounded = size > 10.0f ? broadcast(10.0f) : size;
+  const vf far = 1.0f - 2.0f / (exp2(bounded * (2.0f * kLog2e)) + 1.0f);
+  return select(size < 0.625f, near, select(x < 0.0f, -far, far));
+}
+
+// The keys that one query sees among the W from `key`, of which `there` are there.
+struct Seen {
+  const AttentionProblem& p;
+  int64_t batch, head, query;
+  Range by_band;
+
+  FASTATTN_INLINE Seen(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query)
+      : p(p), batch(batch), head(head), query(query), by_band(band(p, query)) {}
+
+  FASTATTN_INLINE static vi within(Range x, int64_t key) {
+    const vi lanes = lane_index();
+    const auto bound = [&](int64_t b) { return static_cast<int32_t>(min(max(b - key, -1), W + 1)); };
+    return (lanes >= bound(x.first)) & (lanes < bound(x.end));
+  }
+  FASTATTN_INLINE vi keep(int64_t key, int64_t there) const {
+    vi keep = within(by_band, key);
+    if (p.ranges.data) {
+      vi any = vi{};
+      for (int64_t i = 0; i < p.ranges.count; ++i) any |= within(pair(p.ranges, batch, i, query), key);
+      keep &= any;
+    }
+    if (p.blocks.data && there > 0) {
+      const uint8_t* blocks = at<uint8_t>(p.blocks, batch, head, query / p.block_q, 0);
+      if (key / p.block_k == (key + W - 1) / p.block_k) {
+        if (!blocks[key / p.block_k * p.blocks.column]) keep = vi{};
+      } else {
+        uint8_t part[W] = {};
+        for (int64_t i = 0; i < min(there, W); ++i) part[i] = blocks[(key + i) / p.block_k * p.blocks.column];
+        keep &= load_mask(part, 1, W);
+      }
+    }
+    if (p.mask.data && there > 0)
+      keep &= load_mask(at<uint8_t>(p.mask, batch, head, query, key), p.mask.column, there);
+    return keep;
+  }
+};
+
+FASTATTN_INLINE vf plus_bias(vf x, vf bias) {
+  // The most negative finite bias stays finite in base 2: it is no mask.
+  x += select(bias == -kInf, bias, max(broadcast(-kMaxFloat), bias * kLog2e));
+  return select(bias == -kInf, x, max(broadcast(-kMaxFloat), x));
+}
+
+// Where among the biases by distance key 0 of one query is; its other keys follow.
+FASTATTN_INLINE int64_t relative_row(const AttentionProblem& p, int64_t batch, int64_t query) {
+  if (!p.origin) return p.q_length - query;
+  return p.q_length + p.k_length - p.origin[batch * p.origin_batch + query];
+}
+
+// Whether every score is changed before the mask.
+FASTATTN_INLINE bool changed(const AttentionProblem& p) {
+  return p.bias.data || p.relative || p.softcap != 0.0f;
+}
+
+// scores[ROWS] in the panels of `found` = softcap(scores) + bias, -inf where a key is masked; their maxima
+// are joined into `peak`, and with softcap its derivative goes to slope[ROWS][LD] where that is given.
 template <class Bias>
 void constrain(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query, int64_t key,
-               bool masked, int64_t first, int64_t end, float* scores, vf* peak, Bias) {
-  const vi lanes = lane_index();
+               Panels found, float* scores, vf* peak, float* slope, Bias) {
+  const uint64_t set = changed(p) ? found.some : found.some & ~found.all;
+  const float* relative =
+      p.relative ? p.relative + batch * p.relative_batch + head * p.relative_head : nullptr;
   for (int i = 0; i < ROWS; ++i) {
     const int64_t q = min(query + i, p.q_length - 1);  // rows behind the last are computed and dropped
-    const int64_t limit = key_limit(p, batch, q) - key;
-    const int64_t there = p.k_length - key;
-    for (int64_t c = first; c < end; c += W) {
-      vf x = load(scores + i * LD + c);
-      if (p.bias.data && c < there) {
-        const vf b = load_scores(at<Bias>(p.bias, batch, head, q, key + c), p.bias.column, there - c);
-        // The most negative finite bias stays finite in base 2: it is no mask.
-        x += select(b == -kInf, b, max(broadcast(-kMaxFloat), b * kLog2e));
-        x = select(b == -kInf, x, max(broadcast(-kMaxFloat), x));
+    const Seen seen(p, batch, head, q);
+    const float* by_distance = relative ? relative + relative_row(p, batch, q) + key : nullptr;
+    for_runs(set, [&](int64_t first, int64_t end) {
+      for (int64_t c = first; c < end; c += W) {
+        const int64_t there = p.k_length - key - c;
+        vf x = load(scores + i * LD + c);
+        if (p.softcap != 0.0f) {  // scores are in base 2
+          const vf t = tanh(x * (kLn2 / p.softcap));
+          x = t * (p.softcap * kLog2e);
+          if (slope) store(slope + i * LD + c, 1.0f - t * t);
+        }
+        if (p.bias.data && there > 0)
+          x = plus_bias(x, load_scores(at<Bias>(p.bias, batch, head, q, key + c), p.bias.column, there));
+        if (by_distance && there > 0) x = plus_bias(x, load_as_float(by_distance + c, there));
+        if (!(found.all >> (c / PANEL) & 1)) x = select(seen.keep(key + c, there), x, broadcast(-kInf));
+        store(scores + i * LD + c, x);
+        peak[i] = max(x, peak[i]);
       }
-      if (masked && c < there) {
-        const vi keep = load_mask(at<uint8_t>(p.mask, batch, head, q, key + c), p.mask.column, there - c);
-        x = select(keep, x, broadcast(-kInf));
-      }
-      if (c + W > limit) x = select(lanes < static_cast<int32_t>(max(limit - c, 0)), x, broadcast(-kInf));
-      store(scores + i * LD + c, x);
-      peak[i] = max(x, peak[i]);
-    }
+    });
   }
 }
 
-// Scores in base 2 of ROWS queries from `query` (of which `rows` are there) against the packed block of keys
-// from `key` (of which `keys` are there): scores[ROWS][LD] = q · kt under mask and bias, their lanewise row
-// maxima in `peak`. Returns how many columns were computed, a multiple of PANEL; 0 if the strip is masked
-// throughout.
-int64_t score_strip(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query, int64_t rows,
-                    int64_t key, int64_t keys, Left<PANEL, 1> q, const float* kt, float* scores, vf* peak) {
-  const int64_t columns = min(key_limit(p, batch, query + rows - 1) - key, keys);
-  if (columns <= 0) return 0;
-  const Cover covered = cover(p, batch, head, query, rows, key, columns);
-  if (covered == Cover::kNone) return 0;
-
-  const bool dense = p.bias.data || covered == Cover::kSome;
-  const int64_t full = dense ? 0 : min(max(key_limit(p, batch, query) - key, 0), keys) / PANEL * PANEL;
-  const int64_t end = round_up(columns, PANEL);
+// Scores in base 2 of ROWS queries from `query` against the packed block of keys from `key`: scores[ROWS][LD]
+// = softcap(q · kt) + bias under the mask in the panels of `found`, their lanewise row maxima in `peak`.
+void score_strip(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query, int64_t key,
+                 Panels found, Left<PANEL, 1> q, const float* kt, float* scores, vf* peak, float* slope) {
+  const bool change = changed(p);
   vf best[ROWS];
   for (int i = 0; i < ROWS; ++i) best[i] = broadcast(-kInf);
-  for (int64_t c = 0; c < end; c += PANEL) {
-    vf acc[ROWS][2];
-    multiply(acc, q, kt + c * p.qk_dim, p.qk_dim);
+  for_runs(found.some, [&](int64_t first, int64_t end) {
+    for (int64_t c = first; c < end; c += PANEL) {
+      vf acc[ROWS][2];
+      multiply(acc, q, kt + c * p.qk_dim, p.qk_dim);
+      const bool done = !change && found.all >> (c / PANEL) & 1;
 #pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-      store(scores + i * LD + c, acc[i][0]);
-      store(scores + i * LD + c + W, acc[i][1]);
-      if (c < full) best[i] = max(max(acc[i][0], acc[i][1]), best[i]);
+      for (int i = 0; i < ROWS; ++i) {
+        store(scores + i * LD + c, acc[i][0]);
+        store(scores + i * LD + c + W, acc[i][1]);
+        if (done) best[i] = max(max(acc[i][0], acc[i][1]), best[i]);
+      }
     }
-  }
-  if (full < end) {
-    const auto edge = [&](auto bias_type) {
-      constrain(p, batch, head, query, key, covered == Cover::kSome, full, end, scores, best, bias_type);
-    };
-    with_dtype(p.bias.data ? p.bias_dtype : Dtype::kFloat32, edge);
-  }
+  });
+  if (change || found.some != found.all)
+    with_dtype(p.bias.data ? p.bias_dtype : Dtype::kFloat32,
+               [&](auto bias) { constrain(p, batch, head, query, key, found, scores, best, slope, bias); });
   for (int i = 0; i < ROWS; ++i) peak[i] = best[i];
-  return end;
 }
 
-// All ones where the key of a lane is kept. `numbers` are those of the 128 keys from a multiple of 128.
-FASTATTN_INLINE vi kept(const uint32_t* numbers, int64_t column, uint32_t threshold) {
-  const vu x = *reinterpret_cast<const vu_any*>(numbers + column % kPhiloxGroup);
-  return reinterpret_cast<vi>(x >= vu{} + threshold);
-}
+// Which of one query's keys dropout keeps.
+struct Dropout {
+  const AttentionProblem& p;
+  uint32_t batch, head, query;
+  int64_t group = -1;
+  uint32_t numbers[2 * kPhiloxGroup];  // of two neighbouring groups, where keys do not start with a group
+
+  FASTATTN_INLINE Dropout(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query)
+      : p(p),
+        batch(static_cast<uint32_t>(batch)),
+        head(static_cast<uint32_t>(head)),
+        query(static_cast<uint32_t>(query + p.q_start)) {}
+
+  // All ones in the lanes that are kept of the W from `key`, a multiple of W.
+  FASTATTN_INLINE vi kept(int64_t key) {
+    const int64_t position = p.k_start + key;
+    if (position / kPhiloxGroup != group) {
+      group = position / kPhiloxGroup;
+      philox_group(p.seed, batch, head, query, static_cast<uint32_t>(group), numbers);
+      if (p.k_start % W != 0)
+        philox_group(p.seed, batch, head, query, static_cast<uint32_t>(group + 1), numbers + kPhiloxGroup);
+    }
+    const vu x = *reinterpret_cast<const vu_any*>(numbers + position % kPhiloxGroup);
+    return reinterpret_cast<vi>(x >= vu{} + p.drop_threshold);
+  }
+};
 
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

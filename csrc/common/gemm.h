@@ -16,12 +16,14 @@ FASTATTN_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTATTN_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTATTN_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-// x[count][dim] as panels: out[dim / PANEL][padded][PANEL], times `factor`; zeros behind count and dim.
+// x[count][dim] as panels: out[dim / PANEL][padded][PANEL], times `factor`; zeros before `first`, and behind
+// count and dim.
 template <class T>
-void pack_rows(const T* x, int64_t stride, int64_t count, int64_t padded, int64_t dim, float factor,
-               float* out) {
+void pack_rows(const T* x, int64_t stride, int64_t first, int64_t count, int64_t padded, int64_t dim,
+               float factor, float* out) {
   for (int64_t d = 0; d < dim; d += PANEL, out += padded * PANEL) {
-    for (int64_t r = 0; r < count; ++r) {
+    memset(out, 0, static_cast<size_t>(first * PANEL) * sizeof(float));
+    for (int64_t r = first; r < count; ++r) {
       const T* from = x + r * stride + d;
       store(out + r * PANEL, load_as_float(from, dim - d) * factor);
       store(out + r * PANEL + W, d + W < dim ? load_as_float(from + W, dim - d - W) * factor : vf{});
@@ -30,15 +32,18 @@ void pack_rows(const T* x, int64_t stride, int64_t count, int64_t padded, int64_
   }
 }
 
-// x[count][dim] transposed, as panels: out[padded / PANEL][dim][PANEL]; zeros behind count.
+// x[count][dim] transposed, as panels: out[padded / PANEL][dim][PANEL]; zeros before `first` and behind
+// count.
 template <class T>
-void pack_transposed(const T* x, int64_t stride, int64_t count, int64_t padded, int64_t dim, float* out) {
+void pack_transposed(const T* x, int64_t stride, int64_t first, int64_t count, int64_t padded, int64_t dim,
+                     float* out) {
   for (int64_t r0 = 0; r0 < padded; r0 += W) {
     float* to = out + r0 / PANEL * dim * PANEL + r0 % PANEL;
     for (int64_t d = 0; d < dim; d += W) {
       vf tile[W];
       for (int i = 0; i < W; ++i)
-        tile[i] = r0 + i < count ? load_as_float(x + (r0 + i) * stride + d, dim - d) : vf{};
+        tile[i] =
+            r0 + i >= first && r0 + i < count ? load_as_float(x + (r0 + i) * stride + d, dim - d) : vf{};
       transpose(tile);
       const int64_t n = min(W, dim - d);
       for (int64_t i = 0; i < n; ++i) store(to + (d + i) * PANEL, tile[i]);

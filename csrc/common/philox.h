@@ -29,9 +29,9 @@ FASTATTN_INLINE vq multiply_low32(vq a, vq b) {
 #endif
 }
 
-// The 16-bit numbers of one row's 128 keys from 128 · group, as numbers[16 · t + lane].
+// The 16-bit numbers of one row's 128 keys from 128 · group, as numbers[16 · t + lane] of kPhiloxGroup.
 inline void philox_group(uint64_t seed, uint32_t batch, uint32_t head, uint32_t query, uint32_t group,
-                         uint32_t (&numbers)[kPhiloxGroup]) {
+                         uint32_t* numbers) {
   constexpr int H = W / 2;  // counters a call
   for (int lane = 0; lane < 16; lane += H) {
     vq c0, c1 = vq{} + query, c2 = vq{} + head, c3 = vq{} + batch;

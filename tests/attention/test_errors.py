@@ -9,6 +9,7 @@ import torch
 
 import fastattn
 from fastattn import attention
+from fastattn.ops.attention.problem import resolve
 
 
 def t(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
@@ -99,7 +100,8 @@ def test_the_raw_op_checks_sizes() -> None:
     """A dout shorter than out was read past its end."""
     if fastattn.explain(q, kv, kv).backend != "cpu":
         pytest.skip("the C++ library is not here")
-    problem = (None, None, None, None, 0, 1.0, 0.0, "cpu")
+    options = resolve(q, kv, fastattn.Mask(), fastattn.Bias(), None, None, None, None, 1.0, 0.0, 0.0)
+    problem = (*options, "cpu")
     out, lse = torch.ops.fastattn.attention_forward(q, kv, kv, *problem)
     with pytest.raises(RuntimeError, match="dimension 2: expected 5, got 2"):
         torch.ops.fastattn.attention_backward(out[:, :, :2], None, q, kv, kv, out, lse, *problem)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
+from fastattn.ops.attention.problem import resolve
 from fastattn.testing import present_isas
 
 pytestmark = pytest.mark.skipif(not present_isas(), reason="the C++ library is not here")
@@ -25,30 +26,31 @@ def causal(q, k, v):
     return fastattn.attention(q, k, v, mask=fastattn.causal())
 
 
-def problem(bias: bool = False, dropout: bool = False) -> tuple:
-    return (
-        torch.rand(2, 1, 20, 20) > 0.2,
-        torch.tensor([20, 11]),
-        torch.randn(1, 4, 20, 20) if bias else None,
-        torch.tensor([3]) if dropout else None,
-        2,
-        0.35,
-        0.25 if dropout else 0.0,
-        "cpu",
-    )
+def problem(q: torch.Tensor, k: torch.Tensor, plain: bool, dropout: bool) -> tuple:
+    """An op's trailing arguments."""
+    mask, bias, sinks = fastattn.causal(), fastattn.Bias(), None
+    if not plain:
+        blocks = fastattn.block_sparse(torch.rand(3, 3) > 0.3, 8)
+        mask = mask & fastattn.documents(torch.tensor([0, 7, 20])) & blocks & (torch.rand(2, 1, 20, 20) > 0.3)
+        bias = fastattn.alibi(torch.rand(4)) + torch.randn(1, 4, 20, 20)
+        sinks = torch.randn(4)
+    seed = torch.tensor([5]) if dropout else None
+    rate = 0.25 if dropout else 0.0
+    return (*resolve(q, k, mask, bias, sinks, seed, None, None, 0.3, 0.0 if plain else 2.0, rate), "cpu")
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("dropout", [False, True])
-def test_opcheck(bias: bool, dropout: bool) -> None:
+def test_opcheck(plain: bool, dropout: bool) -> None:
     q, k, v = qkv(grad=False)
-    options = problem(bias, dropout)
+    options = problem(q, k, plain, dropout)
     torch.library.opcheck(OPS.attention_forward, (q, k, v, *options))
     out, lse = OPS.attention_forward(q, k, v, *options)
     saved = (torch.randn_like(out), torch.randn_like(lse).nan_to_num(), q, k, v, out, lse, *options)
     torch.library.opcheck(OPS.attention_backward, saved)
-    if bias:
-        torch.library.opcheck(OPS.attention_bias_backward, saved)
+    if not plain:
+        for wanted in (1, 2, 4, 7):
+            torch.library.opcheck(OPS.attention_parameter_backward, (*saved, wanted))
 
 
 def everything(q, k, v, bias, lengths):
@@ -267,5 +269,6 @@ def test_lse_gradient() -> None:
 
 def test_meta_tensors() -> None:
     q, k, v = (x.to("meta") for x in qkv(grad=False))
-    out, lse = OPS.attention_forward(q, k, v, None, None, None, None, 0, 1.0, 0.0, "cpu")
+    options = resolve(q, k, fastattn.causal(), fastattn.Bias(), None, None, None, None, 1.0, 0.0, 0.0)
+    out, lse = OPS.attention_forward(q, k, v, *options, "cpu")
     assert out.shape == q.shape and lse.shape == q.shape[:3]

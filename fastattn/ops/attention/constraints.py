@@ -113,9 +113,7 @@ class Band(Constraint):
     def join(self, other: Constraint) -> Constraint | None:
         if not isinstance(other, Band) or other.bottom_right != self.bottom_right:
             return None
-        left = [x for x in (self.left, other.left) if x is not None]
-        right = [x for x in (self.right, other.right) if x is not None]
-        return Band(min(left, default=None), min(right, default=None), self.bottom_right)
+        return Band(_less(self.left, other.left), _less(self.right, other.right), self.bottom_right)
 
     def interval(self, positions: Positions) -> Interval | None:
         diagonal = positions.diagonal(self.bottom_right)
@@ -123,6 +121,12 @@ class Band(Constraint):
             None if self.left is None else diagonal - self.left,
             None if self.right is None else diagonal + self.right + 1,
         )
+
+
+def _less(a: int | None, b: int | None) -> int | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return min(a, b)
 
 
 @dataclass(frozen=True, eq=False)

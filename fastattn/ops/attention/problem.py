@@ -8,6 +8,7 @@ gradients to what compact biases are made of.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -79,15 +80,18 @@ def resolve(
     q_length, k_length = q.shape[2], k.shape[2]
     where = (q_length, k_length, q_start, k_start, q.device)
     common, alternatives = _factor(mask)
-    # Bands are two numbers where one line through the matrix is the diagonal of all of them.
-    as_numbers = documents_of(common) is None and not isinstance(q_start, Tensor)
-    bands = [c for c in common if isinstance(c, Band)]
+    # A band is two numbers where one line through the matrix is everybody's diagonal.
     explicit = q_start is not None or k_start is not None
-    as_numbers = as_numbers and (explicit or all(b.bottom_right == bands[0].bottom_right for b in bands))
-    if as_numbers:
-        common = tuple(c for c in common if not isinstance(c, Band))
-    left = min((b.left for b in bands if b.left is not None), default=-1) if as_numbers else -1
-    right = min((b.right for b in bands if b.right is not None), default=-1) if as_numbers else -1
+    band = Band(None, None, True)
+    if documents_of(common) is None and not isinstance(q_start, Tensor):
+        bands = [c for c in common if isinstance(c, Band)]
+        if explicit:
+            bands = [replace(c, bottom_right=False) for c in bands]
+        if bands and all(c.bottom_right == bands[0].bottom_right for c in bands):
+            band = bands[0]
+            for other in bands[1:]:
+                band = band.join(other)  # type: ignore[assignment]
+            common = tuple(c for c in common if not isinstance(c, Band))
 
     dense, blocks = _not_intervals(common, where)
     if any(isinstance(c, (Blocks, Dense)) for clause in alternatives for c in clause):
@@ -115,9 +119,9 @@ def resolve(
         origin=origin,
         sinks=None if sinks is None else sinks.to(torch.float32)[None],
         seed=seed,
-        left=left,
-        right=right,
-        bottom_right=not explicit and (not bands or bands[0].bottom_right),
+        left=-1 if band.left is None else band.left,
+        right=-1 if band.right is None else band.right,
+        bottom_right=not explicit and band.bottom_right,
         q_start=0 if q_start is None or isinstance(q_start, Tensor) else q_start,
         k_start=0 if k_start is None else k_start,
         block_q=1 if blocks is None else blocks.q_size,
