@@ -8,4 +8,5 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attention")
     group.addoption("--all-cases", action="store_true", help="every case, not the short list")
+    group.addoption("--length", type=int, help="features: try it out at this length, adding no rows")
     group.addoption("--seconds", type=float, default=4.0, help="timed seconds a case, about (default 4)")
