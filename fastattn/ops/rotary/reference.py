@@ -27,7 +27,10 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         a, b = turned.unflatten(-1, (half, 2)).to(dtype).unbind(-1)
     else:
         a, b = turned.to(dtype).split(half, -1)
-    pair = ((a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype))
+    pair = (
+        torch.addcmul(a * cos, b, sin, value=-1).to(x.dtype),
+        torch.addcmul(a * sin, b, cos).to(x.dtype),
+    )
     if interleaved:
         return torch.cat((torch.stack(pair, -1).flatten(-2), rest), -1)
     return torch.cat((*pair, rest), -1)
