@@ -1,6 +1,6 @@
 """Features against the best that torch has for each; time against density.
 
-`make bench ARGS=bench/attention/test_features.py` takes the short list, with `--all-cases` every feature. A run
+`make bench ARGS=bench/attention/test_features.py` takes the short list, `--all-cases` every feature. A run
 adds a row an implementation to bench/results/attention_features.csv, and a row a density to
 attention_density.csv; with `--length`, which is for trying it out, it adds none.
 """
