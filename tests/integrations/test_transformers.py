@@ -23,12 +23,7 @@ from transformers import (  # noqa: E402
     T5ForConditionalGeneration,
 )
 
-from fastattn.integrations.transformers import (  # noqa: E402
-    CompactMask,
-    attention_forward,
-    attention_mask,
-    register,
-)
+from fastattn.integrations.transformers import attention_forward, register  # noqa: E402
 
 register()
 VOCAB, LENGTH = 97, 12
@@ -269,43 +264,6 @@ def test_position_bias_and_cross_attention(side):
     assert torch.equal(*generated)
 
 
-def masks_of(model, **inputs):
-    """What each layer's attention was given as its mask."""
-    seen = []
-
-    def spy(module, query, key, value, attention_mask, **kwargs):
-        seen.append(attention_mask)
-        return attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-    transformers.AttentionInterface.register("spied", spy)
-    transformers.AttentionMaskInterface.register("spied", attention_mask)
-    model.set_attn_implementation("spied")
-    with torch.no_grad():
-        model(**inputs)
-    return seen
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
-@pytest.mark.parametrize("side", [None, "none", "left", "right", "middle"])
-def test_padding_costs_memory_linear_in_length(name, side):
-    keep = None if side is None else padding(side)
-    masks = masks_of(make(name), input_ids=tokens(), attention_mask=keep)
-    assert len(masks) == 2
-    if side in (None, "none"):
-        assert masks == [None, None]
-    else:
-        assert all(isinstance(mask, CompactMask) for mask in masks)
-        assert all(mask.mask.dense.shape == (2, 1, 1, LENGTH) for mask in masks)
-        assert all(mask.shape == (2, 1, LENGTH, LENGTH) for mask in masks)
-
-
-def test_window_longer_than_the_text_needs_no_square_mask():
-    model = MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=40))
-    masks = masks_of(model, input_ids=tokens(), attention_mask=padding("left"))
-    assert all(isinstance(mask, CompactMask) for mask in masks)
-    assert masks_of(model, input_ids=tokens()) == [None, None]
-
-
 @pytest.mark.parametrize("keep", [None, "left"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_compiles_whole(name, keep):
@@ -320,14 +278,6 @@ def test_compiles_whole(name, keep):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_compact_mask_is_taken_along_to_another_device():
-    mask = attention_mask(2, LENGTH, LENGTH, attention_mask=padding("left").bool())
-    moved = mask.to("meta")
-    assert moved.mask.dense.device.type == "meta"
-    assert moved.mask.diagonal == mask.mask.diagonal != 0
-    assert moved.shape == mask.shape
-
-
 class Layer(nn.Module):
     is_causal = True
 
@@ -339,12 +289,8 @@ def qkv(q_length=5, k_length=5):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"softcap": 30.0}, "softcap"),
-        ({"s_aux": torch.zeros(4)}, "s_aux"),
-        ({"sliding_window": 3}, "sliding_window=3 over 5 keys"),
         ({"cache": object()}, "cache"),
         ({"output_attentions": True}, "output_attentions"),
-        ({"cu_seq_lens_q": torch.tensor([0, 2, 5])}, "cu_seq_lens_q"),
         ({"seq_idx": torch.tensor([0, 0, 1, 1, 1])}, "seq_idx"),
         ({"something_new": 1}, "something_new"),
     ],
@@ -362,11 +308,25 @@ def test_what_does_not_concern_attention_is_not_refused():
         "sliding_window": 5,
         "output_hidden_states": True,
     }
-    options |= {"cu_seq_lens_q": torch.tensor([0, 5]), "max_length_q": 5}
+    options |= {
+        "cu_seq_lens_q": torch.tensor([0, 5]),
+        "cu_seq_lens_k": torch.tensor([0, 5]),
+        "max_length_q": 5,
+    }
     out, weights = attention_forward(Layer(), *qkv(), None, **options)
     assert out.shape == (1, 5, 4, 8)
     assert out.is_contiguous()
     assert weights is None
+
+
+def test_a_window_without_a_mask_needs_to_know_where_the_queries_stand():
+    with pytest.raises(NotImplementedError, match="sliding_window=3 over 5 keys and 2 queries"):
+        attention_forward(Layer(), *qkv(2, 5), None, sliding_window=3)
+
+
+def test_half_of_the_bounds_of_documents_is_refused():
+    with pytest.raises(ValueError, match="expected both or none"):
+        attention_forward(Layer(), *qkv(), None, cu_seq_lens_q=torch.tensor([0, 2, 5]))
 
 
 def test_masks_of_another_kind_are_refused():
@@ -374,14 +334,6 @@ def test_masks_of_another_kind_are_refused():
         attention_forward(Layer(), *qkv(), torch.ones(1, 5, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"torch.int64"):
         attention_forward(Layer(), *qkv(), torch.ones(1, 1, 5, 5, dtype=torch.long))
-
-
-def test_models_that_need_what_is_not_there_say_so():
-    config = transformers.Gemma2Config(**GROUPED, head_dim=8)
-    model = transformers.Gemma2ForCausalLM(config)
-    model.set_attn_implementation("fastattn")
-    with pytest.raises(NotImplementedError, match="softcap"):
-        model(tokens())
 
 
 def test_another_name():
