@@ -14,6 +14,9 @@
 STABLE_TORCH_LIBRARY(fastattn_cpu, m) {
   m.def("attention_forward(Tensor q, Tensor k, Tensor v, " ATTENTION_PROBLEM
         "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "attention_decode(Tensor q, Tensor k, Tensor v, Tensor? block_table, Tensor? k_scale, "
+      "Tensor? v_scale, " ATTENTION_PROBLEM "Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("attention_backward(" ATTENTION_SAVED ATTENTION_PROBLEM
         "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
   m.def("attention_parameter_backward(" ATTENTION_SAVED ATTENTION_PROBLEM
@@ -24,6 +27,7 @@ STABLE_TORCH_LIBRARY(fastattn_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&fastattn::attention_forward));
+  m.impl("attention_decode", TORCH_BOX(&fastattn::attention_decode));
   m.impl("attention_backward", TORCH_BOX(&fastattn::attention_backward));
   m.impl("attention_parameter_backward", TORCH_BOX(&fastattn::attention_parameter_backward));
 }

@@ -39,6 +39,13 @@ Dtype dtype_of(const Tensor& x) {
   }
 }
 
+// A cache may be stored in less than q's dtype.
+Dtype cache_dtype_of(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::Char) return Dtype::kInt8;
+  if (x.scalar_type() == ScalarType::Float8_e4m3fn) return Dtype::kFloat8E4M3;
+  return dtype_of(x);
+}
+
 // `x`, a [B, H, L, D] of the shape of `like` and of q's dtype.
 Rows rows(const Tensor& x, const Tensor& like, const Tensor& q) {
   STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu(), "expected 4 dimensions on cpu");
@@ -52,6 +59,9 @@ Rows rows(const Tensor& x, const Tensor& like, const Tensor& q) {
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// More rows of queries to a key head than this are worth packing the keys for.
+constexpr int64_t kDecodeRows = 8;
 
 // `x`, which broadcasts to `full` in all but its last `exact` dimensions.
 Scores scores(const char* name, const Tensor& x, const int64_t (&full)[4], int64_t exact) {
@@ -82,16 +92,16 @@ int64_t step(const char* name, const Tensor& x, int64_t dim, int64_t full) {
   return x.size(dim) == 1 ? 0 : x.stride(dim);
 }
 
-AttentionProblem problem(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& o,
-                         const Tensor& out, const Tensor& lse) {
+// k and v are [batches, H_kv, rows, D]; all of them together are k_length keys for each sequence.
+AttentionProblem problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t k_length,
+                         const AttentionOptions& o, const Tensor& out, const Tensor& lse) {
   AttentionProblem p{};
   p.dtype = dtype_of(q);
-  p.q = rows(q, q, q), p.k = rows(k, k, q), p.v = rows(v, v, q), p.out = rows(out, out, q);
+  p.q = rows(q, q, q), p.k = rows(k, k, k), p.v = rows(v, v, k), p.out = rows(out, out, q);
   p.batch = q.size(0), p.heads = q.size(1), p.q_length = q.size(2), p.qk_dim = q.size(3);
-  p.kv_heads = k.size(1), p.k_length = k.size(2), p.v_dim = v.size(3);
-  STD_TORCH_CHECK(k.size(0) == p.batch && k.size(3) == p.qk_dim && p.kv_heads > 0 &&
-                      p.heads % p.kv_heads == 0 && v.size(0) == p.batch && v.size(1) == p.kv_heads &&
-                      v.size(2) == p.k_length,
+  p.kv_heads = k.size(1), p.k_length = k_length, p.v_dim = v.size(3);
+  STD_TORCH_CHECK(k.size(3) == p.qk_dim && p.kv_heads > 0 && p.heads % p.kv_heads == 0 &&
+                      v.size(0) == k.size(0) && v.size(1) == p.kv_heads && v.size(2) == k.size(2),
                   "k or v does not fit q");
   STD_TORCH_CHECK(out.size(0) == p.batch && out.size(1) == p.heads && out.size(2) == p.q_length &&
                       out.size(3) == p.v_dim && lse.is_cpu() && lse.is_contiguous() &&
@@ -182,12 +192,39 @@ Statistics row_statistics(const AttentionKernels& kernel, const AttentionProblem
   return s;
 }
 
+// One sequence's keys and values lie in one piece.
+AttentionProblem dense_problem(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& o,
+                               const Tensor& out, const Tensor& lse) {
+  STD_TORCH_CHECK(k.size(0) == q.size(0) && k.scalar_type() == q.scalar_type(), "k does not fit q");
+  return problem(q, k, v, k.size(2), o, out, lse);
+}
+
+// Few queries, split over keys.
+void run_decode(const AttentionKernels& kernel, const AttentionProblem& p, AttentionCache& cache,
+                const Tensor& lse) {
+  cache.splits = ceil_div(p.k_length, kernel.decode_split);
+  cache.partial_stride = ceil_div(p.v_dim, 16) * 16 + 2;
+  const Tensor partial = torch::stable::new_empty(
+      lse, {p.batch * p.heads * p.q_length * cache.splits * cache.partial_stride + 16}, ScalarType::Float);
+  cache.partial = static_cast<float*>(partial.data_ptr());
+  run_tasks(p.batch * p.kv_heads * cache.splits, kernel.decode_scratch(p), [&](int64_t i, char* scratch) {
+    const int64_t matrix = i / cache.splits;
+    kernel.decode(p, cache, matrix / p.kv_heads, matrix % p.kv_heads, i % cache.splits, scratch);
+  });
+  run_tasks(p.batch * p.heads, 0,
+            [&](int64_t i, char*) { kernel.decode_merge(p, cache, i / p.heads, i % p.heads); });
+}
+
 }  // namespace
 
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, FASTATTN_ATTENTION_OPTIONS,
                        int64_t isa, const Tensor& out, const Tensor& lse) {
   const AttentionKernels& kernel = kernels(isa);
-  const AttentionProblem p = problem(q, k, v, FASTATTN_ATTENTION_GIVEN, out, lse);
+  const AttentionProblem p = dense_problem(q, k, v, FASTATTN_ATTENTION_GIVEN, out, lse);
+  if (p.heads / p.kv_heads * p.q_length <= kDecodeRows && !p.drop_threshold) {
+    AttentionCache cache{p.dtype, nullptr, 0, p.k_length, nullptr, nullptr, nullptr, 0, 0};
+    return run_decode(kernel, p, cache, lse);
+  }
   // Many rows a task make the packing of keys and values cheap; few make the tasks even.
   const int64_t threads = torch::stable::get_num_threads(), matrices = p.batch * p.heads;
   int64_t rows = 1536;
@@ -204,10 +241,36 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, FASTAT
   });
 }
 
+void attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& block_table,
+                      const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                      FASTATTN_ATTENTION_OPTIONS, int64_t isa, const Tensor& out, const Tensor& lse) {
+  const AttentionKernels& kernel = kernels(isa);
+  AttentionCache cache{};
+  cache.dtype = cache_dtype_of(k), cache.page_size = k.size(2);
+  STD_TORCH_CHECK(drop_threshold == 0, "expected no dropout over a cache");
+  STD_TORCH_CHECK(v.scalar_type() == k.scalar_type(), "v: expected k's dtype");
+  STD_TORCH_CHECK(cache.page_size > 0, "k: expected pages of one key or more");
+  if (block_table) {
+    STD_TORCH_CHECK(block_table->dim() == 2 && block_table->size(0) == q.size(0),
+                    "block_table: expected [B, n]");
+    cache.table = int32s("block_table", *block_table), cache.table_columns = block_table->size(1);
+  } else {
+    STD_TORCH_CHECK(k.size(0) == q.size(0), "k: expected q's batch");
+    cache.table_columns = 1;
+  }
+  const AttentionProblem p =
+      problem(q, k, v, cache.table_columns * cache.page_size, FASTATTN_ATTENTION_GIVEN, out, lse);
+  for (const OptionalTensor& x : {k_scale, v_scale})
+    STD_TORCH_CHECK(!x || x->numel() == p.batch * p.kv_heads, "scale: expected [B, H_kv]");
+  if (k_scale) cache.k_scale = floats("k_scale", *k_scale);
+  if (v_scale) cache.v_scale = floats("v_scale", *v_scale);
+  run_decode(kernel, p, cache, lse);
+}
+
 void attention_backward(FASTATTN_ATTENTION_SAVED, FASTATTN_ATTENTION_OPTIONS, int64_t isa, const Tensor& dq,
                         const Tensor& dk, const Tensor& dv) {
   const AttentionKernels& kernel = kernels(isa);
-  const AttentionProblem p = problem(q, k, v, FASTATTN_ATTENTION_GIVEN, out, lse);
+  const AttentionProblem p = dense_problem(q, k, v, FASTATTN_ATTENTION_GIVEN, out, lse);
   AttentionGradients g{};
   g.dout = rows(dout, out, q), g.dq = rows(dq, q, q), g.dk = rows(dk, k, q), g.dv = rows(dv, v, q);
   const Statistics statistics = row_statistics(kernel, p, g, lse, dlse);
@@ -234,7 +297,7 @@ void attention_parameter_backward(FASTATTN_ATTENTION_SAVED, FASTATTN_ATTENTION_O
                                   int64_t wanted, const Tensor& dbias, const Tensor& drelative,
                                   const Tensor& dsinks) {
   const AttentionKernels& kernel = kernels(isa);
-  const AttentionProblem p = problem(q, k, v, FASTATTN_ATTENTION_GIVEN, out, lse);
+  const AttentionProblem p = dense_problem(q, k, v, FASTATTN_ATTENTION_GIVEN, out, lse);
   const auto grad = [](const char* name, const OptionalTensor& of, const Tensor& x) {
     STD_TORCH_CHECK(of && x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float &&
                         x.numel() == of->numel(),

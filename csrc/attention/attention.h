@@ -37,6 +37,10 @@ struct AttentionOptions {
 
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, FASTATTN_ATTENTION_OPTIONS,
                        int64_t isa, const Tensor& out, const Tensor& lse);
+// Of few queries: k and v are [pages, H_kv, page_size, D], in q's dtype, int8 or float8_e4m3fn.
+void attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& block_table,
+                      const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                      FASTATTN_ATTENTION_OPTIONS, int64_t isa, const Tensor& out, const Tensor& lse);
 void attention_backward(FASTATTN_ATTENTION_SAVED, FASTATTN_ATTENTION_OPTIONS, int64_t isa, const Tensor& dq,
                         const Tensor& dk, const Tensor& dv);
 void attention_parameter_backward(FASTATTN_ATTENTION_SAVED, FASTATTN_ATTENTION_OPTIONS, int64_t isa,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // One instruction set's table of kernels.
 #include "attention/backward.inl"
-#include "attention/forward.inl"
+#include "attention/decode.inl"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
@@ -21,20 +21,12 @@ double fma_loop(int64_t steps) {
 }
 
 constexpr AttentionKernels kKernels = {
-    ROWS,
-    kQueryBlock,
-    PANEL,
-    key_block,
-    forward_scratch,
-    forward,
-    backward_scratch,
-    backward_rows,
-    backward_seen,
-    backward_keys,
-    backward_queries,
-    backward_bias,
-    backward_relative,
-    fma_loop,
+    ROWS,          kQueryBlock,       PANEL,
+    key_block,     forward_scratch,   forward,
+    kSplit,        decode_scratch,    decode,
+    decode_merge,  backward_scratch,  backward_rows,
+    backward_seen, backward_keys,     backward_queries,
+    backward_bias, backward_relative, fma_loop,
 };
 
 }  // namespace

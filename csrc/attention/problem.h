@@ -6,7 +6,8 @@
 
 namespace fastattn {
 
-enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
+// The last two are of a cache of keys and values alone.
+enum class Dtype : int { kFloat32, kBFloat16, kFloat16, kInt8, kFloat8E4M3 };
 
 // [B, H, L, D] with a unit last stride; strides in elements.
 struct Rows {
@@ -57,6 +58,17 @@ struct AttentionProblem {
   int64_t q_start, k_start;  // positions that dropout goes by
 };
 
+// Keys and values in pages, for few queries. In AttentionProblem, k and v are [pages, H_kv, page_size, D] and
+// k_length is that of the longest table.
+struct AttentionCache {
+  Dtype dtype;
+  const int32_t* table;  // [B][table_columns] pages in order; nullptr: sequence b is page b
+  int64_t table_columns, page_size;
+  const float *k_scale, *v_scale;  // [B, H_kv], factors on what is stored, or nullptr
+  float* partial;  // scratch [B, H, L_q, splits][partial_stride]: out, its maximum and sum of one split
+  int64_t splits, partial_stride;
+};
+
 struct AttentionGradients {
   Rows dout, dq, dk, dv;
   const float* dlse;  // [B, H, L_q] or nullptr
@@ -85,6 +97,13 @@ struct AttentionKernels {
   size_t (*forward_scratch)(const AttentionProblem&, int64_t rows);
   void (*forward)(const AttentionProblem&, int64_t batch, int64_t head, int64_t first_row, int64_t rows,
                   char* scratch);
+
+  // Few queries, split over keys: one split of one (batch, key head), and the sum of one (batch, head).
+  int64_t decode_split;  // keys
+  size_t (*decode_scratch)(const AttentionProblem&);
+  void (*decode)(const AttentionProblem&, const AttentionCache&, int64_t batch, int64_t kv_head,
+                 int64_t split, char* scratch);
+  void (*decode_merge)(const AttentionProblem&, const AttentionCache&, int64_t batch, int64_t head);
 
   size_t (*backward_scratch)(const AttentionProblem&);
   // log2_sum and delta of one (batch, head), and dsinks where it is asked for.

@@ -125,36 +125,32 @@ FASTATTN_INLINE bool changed(const AttentionProblem& p) {
   return p.bias.data || p.relative || p.softcap != 0.0f;
 }
 
-// scores[ROWS] in the panels of `found` = softcap(scores) + bias, -inf where a key is masked; their maxima
-// are joined into `peak`, and with softcap its derivative goes to slope[ROWS][LD] where that is given.
+// One row of scores, in the panels of `found`: softcap(scores) + bias, -inf where a key is masked; their
+// maxima are joined into `peak`, and with softcap its derivative goes to `slope` where that is given.
 template <class Bias>
-void constrain(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query, int64_t key,
-               Panels found, float* scores, vf* peak, float* slope, Bias) {
-  const uint64_t set = changed(p) ? found.some : found.some & ~found.all;
-  const float* relative =
-      p.relative ? p.relative + batch * p.relative_batch + head * p.relative_head : nullptr;
-  for (int i = 0; i < ROWS; ++i) {
-    const int64_t q = min(query + i, p.q_length - 1);  // rows behind the last are computed and dropped
-    const Seen seen(p, batch, head, q);
-    const float* by_distance = relative ? relative + relative_row(p, batch, q) + key : nullptr;
-    for_runs(set, [&](int64_t first, int64_t end) {
-      for (int64_t c = first; c < end; c += W) {
-        const int64_t there = p.k_length - key - c;
-        vf x = load(scores + i * LD + c);
-        if (p.softcap != 0.0f) {  // scores are in base 2
-          const vf t = tanh(x * (kLn2 / p.softcap));
-          x = t * (p.softcap * kLog2e);
-          if (slope) store(slope + i * LD + c, 1.0f - t * t);
-        }
-        if (p.bias.data && there > 0)
-          x = plus_bias(x, load_scores(at<Bias>(p.bias, batch, head, q, key + c), p.bias.column, there));
-        if (by_distance && there > 0) x = plus_bias(x, load_as_float(by_distance + c, there));
-        if (!(found.all >> (c / PANEL) & 1)) x = select(seen.keep(key + c, there), x, broadcast(-kInf));
-        store(scores + i * LD + c, x);
-        peak[i] = max(x, peak[i]);
+FASTATTN_INLINE void constrain_row(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query,
+                                   int64_t key, Panels found, float* scores, vf& peak, float* slope, Bias) {
+  const Seen seen(p, batch, head, query);
+  const float* relative = p.relative ? p.relative + batch * p.relative_batch + head * p.relative_head +
+                                           relative_row(p, batch, query) + key
+                                     : nullptr;
+  for_runs(changed(p) ? found.some : found.some & ~found.all, [&](int64_t first, int64_t end) {
+    for (int64_t c = first; c < end; c += W) {
+      const int64_t there = p.k_length - key - c;
+      vf x = load(scores + c);
+      if (p.softcap != 0.0f) {  // scores are in base 2
+        const vf t = tanh(x * (kLn2 / p.softcap));
+        x = t * (p.softcap * kLog2e);
+        if (slope) store(slope + c, 1.0f - t * t);
       }
-    });
-  }
+      if (p.bias.data && there > 0)
+        x = plus_bias(x, load_scores(at<Bias>(p.bias, batch, head, query, key + c), p.bias.column, there));
+      if (relative && there > 0) x = plus_bias(x, load_as_float(relative + c, there));
+      if (!(found.all >> (c / PANEL) & 1)) x = select(seen.keep(key + c, there), x, broadcast(-kInf));
+      store(scores + c, x);
+      peak = max(x, peak);
+    }
+  });
 }
 
 // Scores in base 2 of ROWS queries from `query` against the packed block of keys from `key`: scores[ROWS][LD]
@@ -178,8 +174,11 @@ void score_strip(const AttentionProblem& p, int64_t batch, int64_t head, int64_t
     }
   });
   if (change || found.some != found.all)
-    with_dtype(p.bias.data ? p.bias_dtype : Dtype::kFloat32,
-               [&](auto bias) { constrain(p, batch, head, query, key, found, scores, best, slope, bias); });
+    with_dtype(p.bias.data ? p.bias_dtype : Dtype::kFloat32, [&](auto bias) {
+      for (int i = 0; i < ROWS; ++i)  // rows behind the last are computed and dropped
+        constrain_row(p, batch, head, min(query + i, p.q_length - 1), key, found, scores + i * LD, best[i],
+                      slope ? slope + i * LD : nullptr, bias);
+    });
   for (int i = 0; i < ROWS; ++i) peak[i] = best[i];
 }
 

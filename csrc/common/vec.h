@@ -23,6 +23,8 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint64_t vq __attribute__((vector_size(4 * W)));  // W / 2 lanes
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
+typedef int8_t vb8_any __attribute__((vector_size(W), aligned(1), may_alias));
+typedef uint8_t vu8_any __attribute__((vector_size(W), aligned(1), may_alias));
 typedef float vf_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint32_t vu_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(2 * W), aligned(2), may_alias));
@@ -32,6 +34,9 @@ struct bf16 {
 };
 struct f16 {
   uint16_t bits;
+};
+struct e4m3 {
+  uint8_t bits;
 };
 
 constexpr float kInf = __builtin_inff();
@@ -130,6 +135,16 @@ FASTATTN_INLINE vh narrow(vf x, f16) {
 }
 
 FASTATTN_INLINE vf load_as_float(const float* p) { return load(p); }
+FASTATTN_INLINE vf load_as_float(const int8_t* p) {
+  return __builtin_convertvector(*reinterpret_cast<const vb8_any*>(p), vf);
+}
+FASTATTN_INLINE vf load_as_float(const e4m3* p) {
+  // Exponent and mantissa in place, then a product moves the bias (7 to 127). 0x7f is NaN.
+  const vu x = __builtin_convertvector(*reinterpret_cast<const vu8_any*>(p), vu);
+  const vf size = reinterpret_cast<vf>((x & 0x7f) << 20) * 0x1p120f;
+  const vu bits = (x & 0x7f) == 0x7f ? vu{} + 0x7fc00000u : reinterpret_cast<vu>(size);
+  return reinterpret_cast<vf>(bits | ((x & 0x80) << 24));
+}
 template <class T>
 FASTATTN_INLINE vf load_as_float(const T* p) {
   return widen(*reinterpret_cast<const vh_any*>(p), T{});

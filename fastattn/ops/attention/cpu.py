@@ -28,6 +28,39 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Ten
     return out, lse
 
 
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    *problem: Any,
+) -> tuple[Tensor, Tensor]:
+    """Few queries against a cache, split over its keys.
+
+    Args:
+        q: ``[B, H, L_q, D]``.
+        k: ``[pages, H_kv, page_size, D]`` in q's dtype, int8 or float8_e4m3fn.
+        v: ``[pages, H_kv, page_size, D_v]`` in k's dtype.
+        block_table: int32 ``[B, n]``, the pages of each sequence in order; page b is sequence b if None.
+            Entries for keys that no query sees are not read.
+        k_scale: float32 ``[B, H_kv]``, factor on what k stores.
+        v_scale: float32 ``[B, H_kv]``, factor on what v stores.
+        problem: with ``L_k = n · page_size``.
+    """
+    _backends.require("cpu")
+    batch, heads, length, _ = q.shape
+    out = new_heads_last(q, batch, heads, length, v.shape[3])
+    lse = q.new_empty((batch, heads, length), dtype=torch.float32)
+    if block_table is not None:
+        block_table = block_table.contiguous()
+    torch.ops.fastattn_cpu.attention_decode(
+        _unit_last(q), _unit_last(k), _unit_last(v), block_table, k_scale, v_scale, *_problem(*problem), out, lse
+    )
+    return out, lse
+
+
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
