@@ -59,6 +59,8 @@ def test_unpad_and_pad(rest: tuple[int, ...], dtype: torch.dtype) -> None:
     assert type(longest) is int and longest == 4
     assert used.dtype == torch.int32 and used.tolist() == [3, 0, 4]
     padded = bert_padding.pad_input(tokens, indices, 3, 4)
+    # transformers makes int32 indices of its own.
+    assert torch.equal(bert_padding.pad_input(tokens, indices.int(), 3, 4), padded)
     assert torch.equal(padded, x * mask.view(3, 4, *[1] * len(rest)))
     (gradient,) = torch.autograd.grad((padded * 3).sum(), x)
     assert torch.equal(gradient, (3.0 * mask.double()).view(3, 4, *[1] * len(rest)).expand_as(x))

@@ -102,7 +102,7 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
     """`first_axis_dim` rows of 0, with `values` in those of `indices`; differentiable."""
     empty = values.new_zeros((first_axis_dim, *values.shape[1:]))
-    rows: Tensor = empty.index_copy(0, indices, values)
+    rows: Tensor = empty.index_copy(0, indices.long(), values)
     return rows
 
 

@@ -1,6 +1,8 @@
 """flash-attn's private forward and backward, which ring attention in other packages calls.
 
-Every parameter has flash-attn's name and place, by which they are called. None of them is traced by autograd.
+Every parameter has flash-attn's name and place, by which they are called; the functions are not decorated, for
+`inspect.getfullargspec`, by which ring-flash-attention finds these, does not look through a decorator. None of
+them is traced by autograd.
 `rng_state` is int64 ``(2,)``: the seed of dropout, and 0. `zero_tensors` and `num_splits` are taken and not
 needed: nothing is left uninitialised, and the keys are split without a hint.
 """
@@ -18,7 +20,6 @@ from fastattn.integrations.flash_attn.layouts import Sequences
 from fastattn.ops.attention import attention_backward
 
 
-@torch.no_grad()
 def _flash_attn_forward(
     q: Tensor,
     k: Tensor,
@@ -35,10 +36,10 @@ def _flash_attn_forward(
     """`flash_attn_func` without a gradient: ``(out, softmax_lse, S_dmask, rng_state)``."""
     window = (window_size_left, window_size_right)
     options = Options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
-    return _forward(calls.dense(q, k, v, options), return_softmax)
+    with torch.no_grad():
+        return _forward(calls.dense(q, k, v, options), return_softmax)
 
 
-@torch.no_grad()
 def _flash_attn_backward(
     dout: Tensor,
     q: Tensor,
@@ -72,11 +73,11 @@ def _flash_attn_backward(
     """
     window = (window_size_left, window_size_right)
     options = Options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
-    call = calls.dense(q, k, v, options, _seed(dropout_p, rng_state))
-    return _backward(call, dout, out, softmax_lse, (dq, dk, dv))
+    with torch.no_grad():
+        call = calls.dense(q, k, v, options, _seed(dropout_p, rng_state))
+        return _backward(call, dout, out, softmax_lse, (dq, dk, dv))
 
 
-@torch.no_grad()
 def _flash_attn_varlen_forward(
     q: Tensor,
     k: Tensor,
@@ -107,11 +108,11 @@ def _flash_attn_varlen_forward(
     window = (window_size_left, window_size_right)
     options = Options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
     bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    call = varlen_call(q, k, v, *bounds, options, block_table, leftpad_k, seqused_k)
-    return _forward(call, return_softmax)
+    with torch.no_grad():
+        call = varlen_call(q, k, v, *bounds, options, block_table, leftpad_k, seqused_k)
+        return _forward(call, return_softmax)
 
 
-@torch.no_grad()
 def _flash_attn_varlen_backward(
     dout: Tensor,
     q: Tensor,
@@ -141,8 +142,9 @@ def _flash_attn_varlen_backward(
     window = (window_size_left, window_size_right)
     options = Options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
     queries, keys = Sequences(cu_seqlens_q, max_seqlen_q), Sequences(cu_seqlens_k, max_seqlen_k)
-    call = calls.varlen(q, k, v, queries, keys, options, _seed(dropout_p, rng_state))
-    return _backward(call, dout, out, softmax_lse, (dq, dk, dv))
+    with torch.no_grad():
+        call = calls.varlen(q, k, v, queries, keys, options, _seed(dropout_p, rng_state))
+        return _backward(call, dout, out, softmax_lse, (dq, dk, dv))
 
 
 def _forward(call: Call | CacheCall, return_softmax: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
