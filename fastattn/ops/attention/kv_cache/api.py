@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,6 +19,7 @@ from fastattn.ops.attention.constraints import Blocks, Constraint, Dense, Docume
 from fastattn.ops.attention.kv_cache import library
 from fastattn.ops.attention.kv_cache.cache import Filled, KVCache, Rotary, check_cache
 from fastattn.ops.attention.masks import Mask, as_mask
+from fastattn.ops.attention.problem import resolve
 from fastattn.ops.rotary import rotary as rotate
 
 
@@ -92,7 +94,8 @@ def attention_with_kv_cache(
             torch.ops.fastattn.kv_cache_append(
                 cache.k, cache.v, step.k, step.v, step.lengths, *step.where, *step.scales
             )
-        out, lse = _attend(step, cache, scale, softcap, sinks, chosen)
+        attend = _decode if chosen != "reference" and _can_decode(step, cache) else _attend
+        out, lse = attend(step, cache, scale, softcap, sinks, chosen)
     sources = [x for x in _sources(q, cache, k, v, rotary, bias_, sinks) if x.requires_grad]
     if sources and torch.is_grad_enabled():
         out, lse = library.NoGradient.apply(out, lse, *sources)
@@ -233,6 +236,32 @@ def _prepare(
         bias=bias,
         where=(left, cache.block_table, cache.batch_index),
         scales=(cache.k_scale, cache.v_scale),
+    )
+
+
+def _can_decode(step: _Step, cache: KVCache) -> bool:
+    """Whether a kernel takes the cache as it is, and it does not pay to put it together as one tensor."""
+    rows = step.q.shape[1] // step.k_like.shape[1] * step.q.shape[2]  # that read the same keys
+    stored = cache.k.dtype
+    return rows <= 16 and stored == cache.v.dtype and stored in (step.q.dtype, *library.RANGES)
+
+
+def _decode(
+    step: _Step,
+    cache: KVCache,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Attention to the cache where it lies."""
+    factor = 1.0 / math.sqrt(step.q.shape[3]) if scale is None else scale
+    problem = resolve(
+        *(step.q, step.k_like, step.mask, step.bias, sinks, None, step.q_start, None),
+        *(float(factor), float(softcap or 0.0), 0.0),
+    )
+    return torch.ops.fastattn.attention_decode(  # type: ignore[no-any-return]
+        step.q, cache.k, cache.v, step.totals, *step.where, *step.scales, *problem, backend
     )
 
 

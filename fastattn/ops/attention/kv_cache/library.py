@@ -9,6 +9,12 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastattn.ops.attention.library import _PROBLEM as PROBLEM
+from fastattn.ops.attention.library import _attention_flops as attention_flops
+from fastattn.ops.attention.library import _kernels as kernels
+from fastattn.ops.attention.library import new_heads_last
 
 _SCALES: Final = "Tensor? k_scale, Tensor? v_scale"
 _WHERE: Final = "Tensor? left_padding, Tensor? block_table, Tensor? batch_index"
@@ -22,6 +28,12 @@ torch.library.define(
     "fastattn::kv_cache_gather",
     f"(Tensor k_cache, Tensor v_cache, Tensor totals, {_WHERE}, {_SCALES}, SymInt length, ScalarType dtype) "
     "-> (Tensor k, Tensor v)",
+)
+# Attention of few queries, by kernels that read the cache where it lies.
+torch.library.define(
+    "fastattn::attention_decode",
+    f"(Tensor q, Tensor k_cache, Tensor v_cache, Tensor totals, {_WHERE}, {_SCALES}, {PROBLEM}) "
+    "-> (Tensor out, Tensor lse)",
 )
 torch.library.define("fastattn::kv_cache_gradient", "(Tensor dout, Tensor dlse, Tensor x) -> Tensor")
 
@@ -78,6 +90,51 @@ def _gather(
         x = dequantised(x, scale).to(dtype)
         found.append(x.masked_fill(~seen[:, None, :, None], 0))
     return found[0], found[1]
+
+
+@torch.library.impl("fastattn::attention_decode", ("cpu", "cuda"))
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    totals: Tensor,
+    left_padding: Tensor | None,
+    block_table: Tensor | None,
+    batch_index: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    *problem: Any,
+) -> tuple[Tensor, Tensor]:
+    check(k_cache, totals, totals, left_padding, block_table, batch_index)
+    if batch_index is not None:
+        block_table = batch_index[:, None]  # a row is a page
+    if block_table is None:
+        k_cache, v_cache = k_cache[: q.shape[0]], v_cache[: q.shape[0]]
+    else:
+        block_table = block_table.to(torch.int32)
+    full = (q.shape[0], k_cache.shape[1])
+    scales = (
+        None if scale is None else scale.to(torch.float32).expand(full).contiguous()
+        for scale in (k_scale, v_scale)
+    )
+    *rest, backend = problem
+    found: tuple[Tensor, Tensor] = kernels(backend).decode(q, k_cache, v_cache, block_table, *scales, *rest)
+    return found
+
+
+@torch.library.register_fake("fastattn::attention_decode")
+def _fake_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = q.shape
+    lse = q.new_empty((batch, heads, length), dtype=torch.float32)
+    return new_heads_last(q, batch, heads, length, v_cache.shape[3]), lse
+
+
+@register_flop_formula(torch.ops.fastattn.attention_decode)
+def _decode_flops(
+    q: Any, k_cache: Any, v_cache: Any, totals: Any, left_padding: Any, block_table: Any, *args: Any, **_: Any
+) -> int:
+    slots = k_cache[2] if block_table is None else block_table[1] * k_cache[2]
+    return attention_flops(2, q, (q[0], k_cache[1], slots, k_cache[3]), (q[0], v_cache[1], slots, v_cache[3]))
 
 
 @torch.library.register_fake("fastattn::kv_cache_append")
