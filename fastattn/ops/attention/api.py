@@ -139,7 +139,7 @@ def attention(
         )
     else:
         problem = resolve(q, k, mask_, bias_, sinks, seed, q_start, k_start, *numbers)
-        out, lse = library.Attention.apply(q, k, v, *problem, chosen)
+        out, lse = library.attention(q, k, v, *problem, chosen)
     return (out, lse) if return_lse else out
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.attention.biases import Bias
-from fastattn.ops.attention.constraints import Blocks, Dense, Documents, Lengths, Prefix
+from fastattn.ops.attention.constraints import Band, Blocks, Dense, Documents, Lengths, Prefix
 from fastattn.ops.attention.masks import Mask
 
 MAX_HEAD_DIM = 512
@@ -67,12 +67,7 @@ def check_options(
                 f"sinks: expected {[q.shape[1]]} (heads) on {q.device}, "
                 f"got {list(sinks.shape)} on {sinks.device}"
             )
-    packed = any(isinstance(c, Documents) for clause in mask.clauses for c in clause)
-    if packed and (q_start is not None or k_start is not None):
-        raise ValueError(
-            "q_start, k_start: expected None with documents(...), whose positions count from their start"
-        )
-    _check_mask(q, k, mask)
+    _check_mask(q, k, mask, explicit=q_start is not None or k_start is not None)
     _check_bias(q, k, bias)
 
 
@@ -95,11 +90,13 @@ def _check_starts(q: Tensor, q_start: int | Tensor | None, k_start: int | None, 
         raise ValueError(f"k_start: expected 0 or more, got {k_start}")
 
 
-def _check_mask(q: Tensor, k: Tensor, mask: Mask) -> None:
+def _check_mask(q: Tensor, k: Tensor, mask: Mask, explicit: bool) -> None:
     batch, heads, q_length, _ = q.shape
     k_length = k.shape[2]
     for clause in mask.clauses:
         for constraint in clause:
+            if isinstance(constraint, Band):
+                continue
             name = _NAMES.get(type(constraint), "mask")
             for x in constraint.tensors():
                 if x.device != q.device:
@@ -125,6 +122,11 @@ def _check_mask(q: Tensor, k: Tensor, mask: Mask) -> None:
                 wanted = (-(-q_length // constraint.q_size), -(-k_length // constraint.k_size))
                 check_broadcast(name, constraint.blocks, (batch, heads, *wanted), exact=2)
             elif isinstance(constraint, Documents):
+                if explicit:
+                    raise ValueError(
+                        "q_start, k_start: expected None with documents(...), whose positions count from "
+                        "each document's start"
+                    )
                 _check_documents(constraint, batch, q_length, k_length)
 
 

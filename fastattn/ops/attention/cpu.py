@@ -13,7 +13,6 @@ from torch import Tensor
 from fastattn import _backends
 from fastattn.ops.attention.library import WANTED, new_gradient, new_heads_last
 from fastattn.ops.attention.philox import drop_threshold
-from fastattn.ops.attention.problem import Problem
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
@@ -56,7 +55,15 @@ def decode(
     if block_table is not None:
         block_table = block_table.contiguous()
     torch.ops.fastattn_cpu.attention_decode(
-        _unit_last(q), _unit_last(k), _unit_last(v), block_table, k_scale, v_scale, *_problem(*problem), out, lse
+        _unit_last(q),
+        _unit_last(k),
+        _unit_last(v),
+        block_table,
+        k_scale,
+        v_scale,
+        *_problem(*problem),
+        out,
+        lse,
     )
     return out, lse
 
@@ -112,13 +119,12 @@ def _unit_last(x: Tensor) -> Tensor:
 
 
 def _problem(*problem: Any) -> tuple[object, ...]:
-    p = Problem(*problem)
-    if p.bias is not None and p.bias.dtype == torch.float64:
-        p = p._replace(bias=p.bias.to(torch.float32))
-    compact = {
-        name: x.contiguous()
-        for name in ("blocks", "ranges", "relative", "origin", "sinks")
-        if (x := getattr(p, name)) is not None
-    }
-    p = p._replace(**compact)
-    return (*p[:-1], drop_threshold(p.dropout), _backends.cpu_isa_id())
+    """The trailing arguments of the C++ ops: tensors as they take them, dropout in 65,536ths."""
+    mask, blocks, ranges, bias, relative, origin, sinks, seed, *options, dropout = problem
+    if bias is not None and bias.dtype == torch.float64:
+        bias = bias.to(torch.float32)
+    blocks, ranges, relative, origin, sinks = (
+        x if x is None else x.contiguous() for x in (blocks, ranges, relative, origin, sinks)
+    )
+    tensors = (mask, blocks, ranges, bias, relative, origin, sinks, seed)
+    return (*tensors, *options, drop_threshold(dropout), _backends.cpu_isa_id())

@@ -220,6 +220,15 @@ class Attention(torch.autograd.Function):
         return (fold.undo(out), fold.undo(lse)), (0, 0)
 
 
+def attention(*args: Any) -> Any:
+    """The forward op, with its gradient where one is asked for: `Attention.apply` costs more than the op."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return Attention.apply(*args)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in args if isinstance(x, Tensor)):
+        return Attention.apply(*args)
+    return torch.ops.fastattn.attention_forward(*args)
+
+
 class Gradient(torch.autograd.Function):
     """A backward op, which has no derivative: taking one raises, where it would be 0 unnoticed."""
 
@@ -301,5 +310,24 @@ class _Fold:
         return x.reshape(self.size, self.batch, *x.shape[1:])
 
 
-# `apply` asks for this signature on every call; kept here it is not made anew each time (40 µs of 60).
-Attention.forward.__signature__ = inspect.signature(Attention.forward)  # type: ignore[attr-defined]
+class _Positional(inspect.Signature):
+    """What `apply` asks on every call to bind the arguments it was given; all of them are given, in order."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return _Bound(args) if not kwargs else super().bind(*args, **kwargs)
+
+
+class _Bound:
+    kwargs: dict[str, Any]
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.args, self.kwargs = args, {}
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+# Made anew, and bound name by name, a signature costs more than all else that a call does in Python.
+Attention.forward.__signature__ = _Positional(  # type: ignore[attr-defined]
+    list(inspect.signature(Attention.forward).parameters.values())
+)

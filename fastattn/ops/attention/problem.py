@@ -138,6 +138,8 @@ Where = tuple[int, int, "int | Tensor | None", "int | None", torch.device]
 def _factor(mask: Mask) -> tuple[Clause, tuple[Clause, ...]]:
     """The constraints that all clauses share, and what else one of them has to fulfil."""
     first = mask.clauses[0]
+    if len(mask.clauses) == 1:
+        return first, ()
     # In clauses of different documents the same constraint counts from different positions.
     alike = all(documents_of(clause) is documents_of(first) for clause in mask.clauses)
     common = tuple(
@@ -164,6 +166,8 @@ def _not_intervals(clause: Clause, where: Where) -> tuple[Tensor | None, Blocks 
 
 
 def _ranges(common: Clause, alternatives: tuple[Clause, ...], where: Where) -> Tensor | None:
+    if not common and not alternatives:
+        return None
     pairs = []
     for clause in alternatives or ((),):
         whole = (*common, *clause)
