@@ -73,6 +73,8 @@ def check(found: tuple[Tensor, ...], exact: tuple[Tensor, ...], leaves: list[Ten
         assert_close(a, b, name)
 
 
+# The reference backend's, and the kernels' where there are any.
+DTYPES = (torch.float64, torch.float32)
 CASES = {
     "plain": {},
     "causal": {"causal": True},
@@ -91,12 +93,13 @@ CASES = {
 
 @pytest.mark.parametrize("lengths", [(33, 33), (13, 40), (37, 11), (1, 19)], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_results_and_gradients(case: str, lengths: tuple[int, int]) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_and_gradients(dtype: torch.dtype, case: str, lengths: tuple[int, int]) -> None:
     options = dict(CASES[case])
-    leaves = inputs(*lengths)
+    leaves = inputs(*lengths, dtype=dtype)
     alibi = options.pop("alibi", 0)
     if alibi:
-        slopes = torch.rand((4,) if alibi == 1 else (2, 4), dtype=torch.float64).requires_grad_()
+        slopes = torch.rand((4,) if alibi == 1 else (2, 4), dtype=dtype).requires_grad_()
         leaves.append(slopes)
         options["alibi_slopes"] = slopes
     q, k, v = leaves[:3]
@@ -115,8 +118,9 @@ def test_dtypes(dtype: torch.dtype) -> None:
     check(found, oracle.attention(*leaves, causal=True, window_size=(20, 0)), leaves, "dq dk dv")
 
 
-def test_rows_without_keys() -> None:
-    leaves = inputs(9, 4)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_without_keys(dtype: torch.dtype) -> None:
+    leaves = inputs(9, 4, dtype=dtype)
     out, lse, _ = door.flash_attn_func(*leaves, causal=True, return_attn_probs=True)
     assert torch.equal(out[:, :5], torch.zeros_like(out[:, :5])) and out[:, 5:].abs().min() > 0
     assert torch.equal(lse.isneginf(), torch.arange(9).lt(5).expand_as(lse))
@@ -126,8 +130,9 @@ def test_rows_without_keys() -> None:
 
 @pytest.mark.parametrize("shape", [(33, 33), (13, 530)], ids=str)
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
-def test_dropout_and_its_pattern(shape: tuple[int, int], softcap: float) -> None:
-    leaves = inputs(*shape)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_and_its_pattern(dtype: torch.dtype, shape: tuple[int, int], softcap: float) -> None:
+    leaves = inputs(*shape, dtype=dtype)
     options = {"causal": True, "softcap": softcap, "dropout_p": 0.25}
     torch.manual_seed(3)
     found = door.flash_attn_func(*leaves, **options, return_attn_probs=True)
@@ -142,6 +147,12 @@ def test_dropout_and_its_pattern(shape: tuple[int, int], softcap: float) -> None
     torch.manual_seed(3)
     assert torch.equal(door.flash_attn_func(*leaves, **options), found[0])
     check(found, exact, leaves, "dq dk dv")
+
+
+def test_no_keys() -> None:
+    q, none = torch.randn(1, 3, 2, 8), torch.randn(1, 0, 2, 8)
+    out, lse, pattern = door.flash_attn_func(q, none, none, 0.5, return_attn_probs=True)
+    assert torch.equal(out, torch.zeros_like(q)) and lse.isneginf().all() and pattern.shape == (1, 2, 3, 0)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
@@ -231,6 +242,18 @@ def test_compiles_to_one_graph_for_all_lengths() -> None:
         for a, b in zip(*(torch.autograd.grad(x.sum(), (q, k, v)) for x in (found, want)), strict=True):
             assert_close(a, b)
     assert frames == 1
+
+
+def test_the_pattern_compiles() -> None:
+    def step(q: Tensor) -> tuple[Tensor, ...]:
+        return door.flash_attn_func(q, q, q, 0.3, return_attn_probs=True)
+
+    q = torch.randn(1, 9, 2, 8)
+    torch.manual_seed(0)
+    want = step(q)
+    torch.manual_seed(0)
+    for a, b in zip(torch.compile(step, backend="aot_eager", fullgraph=True)(q), want, strict=True):
+        assert_close(a, b)
 
 
 def test_explain_tells_the_kernel() -> None:

@@ -16,12 +16,14 @@ BATCH, HEADS, KV_HEADS, DIM, CAPACITY = 3, 4, 2, 16, 40
 class Case:
     """Queries, new keys and a cache that is NaN where it holds nothing, in one of the three forms."""
 
-    def __init__(self, form: str, q_length: int, new: int, page_size: int = 8) -> None:
+    def __init__(
+        self, form: str, q_length: int, new: int, page_size: int = 8, dtype: torch.dtype = torch.float64
+    ) -> None:
         self.lengths = torch.tensor([0, 13, 29], dtype=torch.int32)
-        self.q = torch.randn(BATCH, q_length, HEADS, DIM, dtype=torch.float64)
+        self.q = torch.randn(BATCH, q_length, HEADS, DIM, dtype=dtype)
         shape = (BATCH, new, KV_HEADS, DIM)
-        self.new = [torch.randn(shape, dtype=torch.float64) if new else None for _ in range(2)]
-        self.old = [torch.randn(BATCH, CAPACITY, KV_HEADS, DIM, dtype=torch.float64) for _ in range(2)]
+        self.new = [torch.randn(shape, dtype=dtype) if new else None for _ in range(2)]
+        self.old = [torch.randn(BATCH, CAPACITY, KV_HEADS, DIM, dtype=dtype) for _ in range(2)]
         unused = torch.arange(CAPACITY) >= self.lengths[:, None]
         for x in self.old:
             x[unused] = torch.nan
@@ -112,7 +114,9 @@ def tables(half: int) -> tuple[Tensor, Tensor]:
     ids=str,
 )
 def test_steps(form: str, q_length: int, new: int, options: dict[str, object]) -> None:
-    Case(form, q_length, new).check(**options)
+    # float64 is the reference backend's; float32 the kernels' where there are any.
+    for dtype in (torch.float64, torch.float32):
+        Case(form, q_length, new, dtype=dtype).check(**options)
 
 
 @pytest.mark.parametrize("half, interleaved", [(8, True), (3, False)])
@@ -141,7 +145,9 @@ def test_left_padding(form: str) -> None:
 
 @pytest.mark.parametrize("shape", [(HEADS,), (BATCH, HEADS)], ids=str)
 def test_alibi(shape: tuple[int, ...]) -> None:
-    Case("pages", 3, 3).check(slopes=torch.rand(shape, dtype=torch.float64), causal=True)
+    slopes = torch.rand(shape)
+    Case("pages", 3, 3, dtype=torch.float32).check(slopes=slopes, causal=True)
+    Case("pages", 3, 3).check(slopes=slopes.double(), causal=True)
 
 
 @pytest.mark.parametrize("page_size", [1, 5, 40])

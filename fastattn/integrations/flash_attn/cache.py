@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.integrations.flash_attn.calls import Options, check_rank
-from fastattn.integrations.flash_attn.layouts import Dense, Layout, Padded, Sequences
+from fastattn.integrations.flash_attn.layouts import Dense, Layout, Padded, Sequences, require
 from fastattn.ops.attention import Explanation
 from fastattn.ops.attention.kv_cache import KVCache, attention_with_kv_cache, explain_with_kv_cache
 from fastattn.ops.rotary import rotary
@@ -246,21 +246,14 @@ def gather(k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor) -> tuple[
     pages, size = k.shape[:2]
     count = block_table.shape[1]
     reach = count * size
-    _require(
+    require(
         lengths <= reach, f"block_table: expected at most {reach} keys a sequence ({count} pages of {size})"
     )
     needed = torch.arange(0, reach, size, device=lengths.device) < lengths[:, None]
     there = (block_table >= 0) & (block_table < pages)
-    _require(there | ~needed, f"block_table: expected 0 to {pages - 1} for pages that hold keys")
+    require(there | ~needed, f"block_table: expected 0 to {pages - 1} for pages that hold keys")
     rows = block_table.long().clamp(0, pages - 1)
     # What was never written may be NaN.
     unused = torch.arange(reach, device=lengths.device) >= lengths[:, None]
     k, v = (x[rows].flatten(0, 2).masked_fill(unused.flatten()[:, None, None], 0) for x in (k, v))
     return k, v, torch.arange(lengths.shape[0] + 1, device=lengths.device) * reach
-
-
-def _require(fits: Tensor, message: str) -> None:
-    if torch.compiler.is_compiling():
-        torch._assert_async(fits.all(), message)
-    elif not bool(fits.all()):
-        raise RuntimeError(message)

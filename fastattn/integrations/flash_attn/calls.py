@@ -97,7 +97,6 @@ class Call(NamedTuple):
         out, lse = self.run()
         return (out, lse, self.probabilities()) if return_attn_probs else out
 
-    @torch.no_grad()
     def probabilities(self) -> Tensor:
         """S_dmask, ``[sequences, H, longest q, longest k]``: negative where dropped; empty without dropout.
 
@@ -109,12 +108,13 @@ class Call(NamedTuple):
         position = self.layout.key_positions(self.k)[:, None, :, None]
         count = self.layout.key_count(self.k)
         without = self.options | {"dropout": 0.0, "seed": None}
-        found = []
+        found = [self.q.new_empty((*self.q.shape[:3], 0))]
         for first in range(0, count, _COLUMNS):
             column = torch.arange(first, min(first + _COLUMNS, count), device=position.device)
             unit = (position == column).to(self.q.dtype).expand(*self.k.shape[:3], -1)
-            kept = attention(self.q, self.k, unit, **self.options)
-            whole = attention(self.q, self.k, unit, **without)
+            with torch.no_grad():
+                kept = attention(self.q, self.k, unit, **self.options)
+                whole = attention(self.q, self.k, unit, **without)
             assert isinstance(kept, Tensor) and isinstance(whole, Tensor)
             found.append(torch.where((kept == 0) & (whole != 0), -whole, whole))
         return self.layout.by_sequence(torch.cat(found, dim=-1))

@@ -31,7 +31,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         kwargs: its arguments.
 
     Returns:
-        The `fastattn.Explanation` of the call of `fastattn.attention` that it is. Nothing is computed, and
+        The `fastattn.Explanation` of the call of `fastattn.attention` that it is. No attention is computed, and
         nothing is appended to a cache.
 
     Raises:

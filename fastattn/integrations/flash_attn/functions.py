@@ -117,7 +117,8 @@ def flash_attn_varlen_func(
 
     Raises:
         ValueError, TypeError: as `flash_attn_func`.
-        RuntimeError: a sequence is longer than its pages in `block_table`.
+        RuntimeError: a sequence is longer than its pages in `block_table`, or than `max_seqlen_q` or
+            `max_seqlen_k` where these are read.
 
     Source: flash-attn 2.8.
 

@@ -120,7 +120,7 @@ def uninstall() -> None:
     for name in [name for name in sys.modules if _is_flash_attn(name)]:
         del sys.modules[name]
     sys.modules.update(_replaced.pop())
-    if not _replaced:
+    if not _replaced and _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)
 
 

@@ -75,6 +75,14 @@ class Dense(Layout):
         return k.shape[2]
 
 
+def require(fits: Tensor, message: str) -> None:
+    """RuntimeError unless all of `fits`; what is read for it waits for the device."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(fits.all(), message)
+    elif not bool(fits.all()):
+        raise RuntimeError(message)
+
+
 class Sequences:
     """Where the sequences of a packed tensor ``(total, ...)`` are.
 
@@ -134,7 +142,14 @@ class Sequences:
         return torch.where(real, sequence * self.longest + position, len(self) * self.longest)
 
     def pad(self, x: Tensor, flush_right: bool) -> Tensor:
-        """``(total, ...)`` as ``(N, longest, ...)``, with 0 before or behind the shorter ones."""
+        """``(total, ...)`` as ``(N, longest, ...)``, with 0 before or behind the shorter ones.
+
+        Raises:
+            RuntimeError: `longest` is not the longest.
+        """
+        require(
+            self.end - self.first <= self.longest, f"max_seqlen: expected the longest, got {self.longest}"
+        )
         empty = x.new_zeros((len(self) * self.longest + 1, *x.shape[1:]))
         rows: Tensor = empty.index_copy(0, self.slots(x.shape[0], flush_right), x)
         return rows[:-1].view(len(self), self.longest, *x.shape[1:])

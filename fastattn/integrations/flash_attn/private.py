@@ -1,8 +1,8 @@
 """flash-attn's private forward and backward, which ring attention in other packages calls.
 
-Every parameter has flash-attn's name and place, by which they are called; the functions are not decorated, for
-`inspect.getfullargspec`, by which ring-flash-attention finds these, does not look through a decorator. None of
-them is traced by autograd.
+Every parameter has flash-attn's name and place, by which they are called; the functions are not decorated,
+for `inspect.getfullargspec`, by which ring-flash-attention finds these, does not look through a decorator.
+None of them is traced by autograd.
 `rng_state` is int64 ``(2,)``: the seed of dropout, and 0. `zero_tensors` and `num_splits` are taken and not
 needed: nothing is left uninitialised, and the keys are split without a hint.
 """
