@@ -153,6 +153,18 @@ def test_longest_as_tensors() -> None:
     assert torch.equal(found, want)
 
 
+@pytest.mark.parametrize("short", ["q", "k"])
+@pytest.mark.parametrize("slopes, dropout_p", [((len(LENGTHS), 4), 0.0), ((4,), 0.5)], ids=str)
+def test_a_longest_that_is_not_drops_nothing_in_silence(
+    slopes: tuple[int, ...], dropout_p: float, short: str
+) -> None:
+    leaves, (cu_q, cu_k, q_longest, k_longest) = inputs()
+    longest = (q_longest - 1, k_longest) if short == "q" else (q_longest, k_longest - 1)
+    options = {"dropout_p": dropout_p, "alibi_slopes": torch.rand(slopes), "return_attn_probs": True}
+    with pytest.raises(RuntimeError, match="max_seqlen"):
+        door.flash_attn_varlen_func(*leaves, cu_q, cu_k, *longest, **options)
+
+
 def pages(x: Tensor, lengths: list[int], size: int, columns: int) -> tuple[Tensor, Tensor]:
     """x ``(total, H, D)`` in shuffled pages full of NaN elsewhere, and the table that finds them."""
     count = len(lengths) * columns

@@ -31,8 +31,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         kwargs: its arguments.
 
     Returns:
-        The `fastattn.Explanation` of the call of `fastattn.attention` that it is. No attention is computed, and
-        nothing is appended to a cache.
+        The `fastattn.Explanation` of the call of `fastattn.attention` that it is. No attention is computed,
+        and nothing is appended to a cache.
 
     Raises:
         TypeError: another function, or arguments it does not take.

@@ -124,6 +124,11 @@ class Sequences:
         # Read where it is needed, which is seldom: from a tensor it waits for the device.
         return int(self._longest)
 
+    def check_longest(self) -> None:
+        """RuntimeError where `longest` is not the longest: what is behind it would be dropped in silence."""
+        fits = self.end - self.first <= self.longest
+        require(fits, f"max_seqlen: expected the length of the longest sequence, got {self.longest}")
+
     def places(self, total: int) -> tuple[Tensor, Tensor]:
         """Sequence of each of `total` places and position in it, int64 ``[total]``; -1 in none."""
         index = torch.arange(total, device=self.bounds.device)
@@ -147,9 +152,7 @@ class Sequences:
         Raises:
             RuntimeError: `longest` is not the longest.
         """
-        require(
-            self.end - self.first <= self.longest, f"max_seqlen: expected the longest, got {self.longest}"
-        )
+        self.check_longest()
         empty = x.new_zeros((len(self) * self.longest + 1, *x.shape[1:]))
         rows: Tensor = empty.index_copy(0, self.slots(x.shape[0], flush_right), x)
         return rows[:-1].view(len(self), self.longest, *x.shape[1:])
@@ -186,6 +189,7 @@ class Packed(Layout):
         return self.k.places(k.shape[2])[1][None]
 
     def key_count(self, k: Tensor) -> int:
+        self.k.check_longest()
         return self.k.longest
 
     def by_sequence(self, x: Tensor) -> Tensor:
