@@ -232,6 +232,44 @@ def test_compile_fullgraph_for_all_lengths(backend: str, make: Callable[..., KVC
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_with_one_tensor_of_keys_and_values_and_an_int(backend: str) -> None:
+    """Both caches are views of one input; an int becomes a symbol when it first changes."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def f(q: Tensor, k: Tensor, v: Tensor, both: Tensor, length: int) -> Tensor:
+        out = attention_with_kv_cache(q, KVCache(both[0], both[1], length), k, v)
+        assert isinstance(out, Tensor)
+        return out + both[0, :, :1, :1]
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(f, backend=counter, fullgraph=True)
+    for length in range(3, 9):
+        given, both = new(), torch.randn(2, 2, 2, 24, 8)
+        other = both.clone()
+        torch.testing.assert_close(compiled(*given, both, length), f(*given, other, length))
+        assert torch.equal(both, other)
+    assert counter.frame_count <= 2
+
+
+def test_export() -> None:
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("k", torch.zeros(2, 2, 24, 8))
+            self.register_buffer("v", torch.zeros(2, 2, 24, 8))
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Any:
+            return attention_with_kv_cache(q, KVCache(self.k, self.v, lengths), k, v)
+
+    given, module = new(), Step()
+    exported = torch.export.export(Step(), (*given, torch.tensor([0, 3]))).module()
+    for lengths in ([0, 0], [1, 1]):
+        want = module(*given, torch.tensor(lengths))
+        torch.testing.assert_close(exported(*given, torch.tensor(lengths)), want)
+
+
 def test_compile_with_quantised_pages_and_left_padding() -> None:
     torch._dynamo.reset()
     results = []

@@ -41,7 +41,7 @@ torch.library.define("fastattn::kv_cache_gradient", "(Tensor dout, Tensor dlse, 
 RANGES: Final = {torch.int8: (-128.0, 127.0), torch.float8_e4m3fn: (-448.0, 448.0)}
 
 
-@torch.library.impl("fastattn::kv_cache_append", ("cpu", "cuda"))
+@torch.library.impl("fastattn::kv_cache_append", "default")
 def _append(
     k_cache: Tensor,
     v_cache: Tensor,
@@ -66,7 +66,7 @@ def _append(
         _bits(cache)[row, :, slot] = _bits(quantised(x, cache.dtype, scale)).transpose(1, 2)
 
 
-@torch.library.impl("fastattn::kv_cache_gather", ("cpu", "cuda"))
+@torch.library.impl("fastattn::kv_cache_gather", "default")
 def _gather(
     k_cache: Tensor,
     v_cache: Tensor,
@@ -257,7 +257,7 @@ class NoGradient(torch.autograd.Function):
 
 # An op of what reaches the backward, so that a compiled graph raises when that runs: not when it is traced,
 # and not ahead of time.
-@torch.library.impl("fastattn::kv_cache_gradient", ("cpu", "cuda"))
+@torch.library.impl("fastattn::kv_cache_gradient", "default")
 def _gradient(dout: Tensor, dlse: Tensor, x: Tensor) -> Tensor:
     raise RuntimeError(
         "fastattn.attention_with_kv_cache has no gradient: expected a call under torch.no_grad(), or nothing "
