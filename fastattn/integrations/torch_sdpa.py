@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention import attention, causal
+from fastattn.ops.attention import Explanation, attention, causal
+from fastattn.ops.attention import explain as explain_attention
 from fastattn.ops.attention.masks import Mask, as_mask
 
 
@@ -58,9 +60,66 @@ def scaled_dot_product_attention(
         >>> fastattn.scaled_dot_product_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 3, 4, 5, 6])
     """
+    lead, (q, k, v), options = arguments(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    out = attention(q, k, v, **options)
+    assert isinstance(out, Tensor)
+    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[2:])
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Explanation:
+    """Which backend `scaled_dot_product_attention` would run with the same arguments, and why not the others.
+
+    Args: those of `scaled_dot_product_attention`. Nothing is computed.
+
+    Returns:
+        see `fastattn.explain`.
+
+    Raises: as `scaled_dot_product_attention` does.
+
+    Example:
+        >>> import torch
+        >>> query = torch.randn(2, 4, 5, 8, dtype=torch.float64)
+        >>> explain(query, query, query, dropout_p=0.1).backend
+        'reference'
+    """
+    _, (q, k, v), options = arguments(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return explain_attention(q, k, v, **options)
+
+
+def arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    """The output's dimensions before the last two, and what to call `fastattn.attention` with.
+
+    Args: those of `scaled_dot_product_attention`.
+
+    Raises: as `scaled_dot_product_attention` does.
+    """
     if query.is_nested or key.is_nested or value.is_nested:
         raise NotImplementedError("scaled_dot_product_attention: expected dense tensors, got a nested tensor")
-    lead, (q, k, v) = _fold(query, key, value, enable_gqa)
+    lead, tensors = _fold(query, key, value, enable_gqa)
     mask: Mask | Tensor | None = causal("top_left") if is_causal else None
     bias = None
     if attn_mask is not None:
@@ -71,9 +130,7 @@ def scaled_dot_product_attention(
             bias = folded
         else:
             raise TypeError(f"attn_mask: expected a bool or floating tensor, got {attn_mask.dtype}")
-    out = attention(q, k, v, mask=mask, bias=bias, scale=scale, dropout=dropout_p)
-    assert isinstance(out, Tensor)
-    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[2:])
+    return lead, tensors, {"mask": mask, "bias": bias, "scale": scale, "dropout": dropout_p}
 
 
 def _fold(
