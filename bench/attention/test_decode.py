@@ -178,10 +178,11 @@ def test_decode(benchmark: Any, case: Decode, request: pytest.FixtureRequest) ->
     medians = {name: percentiles(x)[1] for name, x in samples.items()}
     moved = {name: case.bytes * (2 if name == "copy" else 1) for name in steps}
     rate = {name: moved[name] / medians[name] / 1e9 for name in steps}
+    torch_isa = torch.backends.cpu.get_cpu_capability().lower()
     for name, x in samples.items():
         p20, p50, p80 = (1e3 * one for one in percentiles(x))
         row = where() | {
-            "isa": _backends.cpu_isa() if name.startswith("fastattn") else "",
+            "isa": _backends.cpu_isa() if name.startswith("fastattn") else torch_isa,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "fastattn": fastattn.__version__,

@@ -88,6 +88,7 @@ def test_rotary(benchmark: Any, case: Case) -> None:
     for name, taken in samples.items():
         p20, p50, p80 = (1e3 * one for one in percentiles(taken))
         row = where() | {
+            "isa": torch.backends.cpu.get_cpu_capability().lower(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "fastattn": fastattn.__version__,
