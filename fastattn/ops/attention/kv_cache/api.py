@@ -42,7 +42,7 @@ def attention_with_kv_cache(
 
     The queries are the last L_q positions of each sequence, new keys included: query i is at position
     ``lengths[b] + L_new - L_q + i``, key j at position j. Rotary embedding, masks and compact biases go by
-    these; `align` is not used.
+    these, `align` is not used; `block_sparse` and tensors go by the indices i and j.
 
     Args:
         q: ``[B, H, L_q, D]``.
