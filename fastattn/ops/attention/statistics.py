@@ -294,10 +294,7 @@ def _bias_rows(bias: Bias, mask: Mask, index: Tensor, place: Place) -> Tensor | 
         positions = Positions(*place, mask.documents)
         key = torch.arange(positions.k_length, device=positions.device)
         distance = key - _pick(positions.diagonal(part.bottom_right), 1, index)[..., None]  # [B or 1, R, L_k]
-        each = [part.at(one) for one in distance]  # [B or 1, H, R, L_k]
-        if len(each) > 1 and part.batch > 1:
-            each = [x[b : b + 1] for b, x in enumerate(each)]
-        found = torch.cat(each)
+        found = part.at_each(distance)
         total = found if total is None else total + found
     return total
 
