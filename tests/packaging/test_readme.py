@@ -28,3 +28,9 @@ def test_variables_are_those_of_the_code() -> None:
         for name in re.findall(r"environ(?:\.get\(|\[)\"(FASTATTN_[A-Z_]+)\"", path.read_text())
     }
     assert named == read
+
+
+def test_links_lead_to_files() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text())
+    assert len(links) > 20
+    assert not [link for link in links if not (ROOT / link).exists()]
