@@ -207,9 +207,11 @@ void run_decode(const AttentionKernels& kernel, const AttentionProblem& p, Atten
   const Tensor partial = torch::stable::new_empty(
       lse, {p.batch * p.heads * p.q_length * cache.splits * cache.partial_stride + 16}, ScalarType::Float);
   cache.partial = static_cast<float*>(partial.data_ptr());
-  run_tasks(p.batch * p.kv_heads * cache.splits, kernel.decode_scratch(p), [&](int64_t i, char* scratch) {
-    const int64_t matrix = i / cache.splits;
-    kernel.decode(p, cache, matrix / p.kv_heads, matrix % p.kv_heads, i % cache.splits, scratch);
+  // Neighbours in time on other heads: these are neighbours in memory where heads lie within a row.
+  const int64_t matrices = p.batch * p.kv_heads;
+  run_tasks(matrices * cache.splits, kernel.decode_scratch(p), [&](int64_t i, char* scratch) {
+    const int64_t matrix = i % matrices;
+    kernel.decode(p, cache, matrix / p.kv_heads, matrix % p.kv_heads, i / matrices, scratch);
   });
   run_tasks(p.batch * p.heads, 0,
             [&](int64_t i, char*) { kernel.decode_merge(p, cache, i / p.heads, i % p.heads); });

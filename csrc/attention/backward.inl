@@ -7,6 +7,7 @@
 #pragma once
 #include <sched.h>
 
+#include <cstddef>
 #include <type_traits>
 
 #include "attention/tile.inl"
@@ -84,22 +85,25 @@ FASTATTN_INLINE void gradient_row(const AttentionProblem& p, int64_t batch, int6
                                   int64_t key, uint64_t found, float log2_sum, float delta,
                                   const float* slope, float* pz, float* ds) {
   const float keep = 65536.0f / static_cast<float>(65536 - p.drop_threshold);
-  Dropout dropout(p, batch, head, query);
-  for_runs(found, [&](int64_t first, int64_t end) {
-    for (int64_t c = first; c < end; c += W) {
-      // A probability is at most 1, however lse was rounded (it is large where a bias is).
-      const vf below = load(pz + c) - log2_sum, prob = exp2(select(below > 0.0f, vf{}, below));
-      vf dp = load(ds + c), kept_prob = prob;
-      if constexpr (DROP) {
-        const vi z = dropout.kept(key + c);
-        kept_prob = select(z, prob, vf{});
-        dp = select(z, dp * keep, vf{});
-      }
-      vf x = prob * (dp - delta);
-      if constexpr (SLOPE) x *= load(slope + c);
-      store(pz + c, kept_prob);
-      store(ds + c, x);
+  const auto gradient = [&](int64_t c, auto kept) {
+    constexpr bool drop = !std::is_same_v<decltype(kept), std::nullptr_t>;
+    // A probability is at most 1, however lse was rounded (it is large where a bias is).
+    const vf below = load(pz + c) - log2_sum, prob = exp2(select(below > 0.0f, vf{}, below));
+    vf dp = load(ds + c), kept_prob = prob;
+    if constexpr (drop) {
+      kept_prob = select(kept, prob, vf{});
+      dp = select(kept, dp * keep, vf{});
     }
+    vf x = prob * (dp - delta);
+    if constexpr (SLOPE) x *= load(slope + c);
+    store(pz + c, kept_prob);
+    store(ds + c, x);
+  };
+  for_runs(found, [&](int64_t first, int64_t end) {
+    if constexpr (DROP)
+      for_kept(p, batch, head, query, key, first, end, gradient);
+    else
+      for (int64_t c = first; c < end; c += W) gradient(c, nullptr);
   });
 }
 

@@ -3,6 +3,8 @@
 // where they lie, and split so that one long sequence keeps every core busy. A split has the same keys
 // whatever the batch and the number of threads, so the result does not depend on them.
 #pragma once
+#include <type_traits>
+
 #include "attention/forward.inl"
 
 namespace fastattn::FASTATTN_ISA {
@@ -23,43 +25,59 @@ FASTATTN_INLINE void with_cache_dtype(Dtype dtype, const F& f) {
 int64_t query_rows(const AttentionProblem& p) { return p.heads / p.kv_heads * p.q_length; }
 
 size_t decode_scratch(const AttentionProblem& p) {
-  return static_cast<size_t>(query_rows(p) * (round_up(p.qk_dim, W) + kChunk) * 4 + 4 * 64);
+  const int64_t stored = kChunk * (round_up(p.qk_dim, W) + round_up(p.v_dim, W));
+  return static_cast<size_t>((query_rows(p) * (round_up(p.qk_dim, W) + kChunk) + stored) * 4 + 5 * 64);
 }
 
-// Where the keys from `first` to before `end` lie; neighbours in a chunk.
+// Where the kChunk keys from `key` lie, of which those in `seen` are seen by a query. The others are not
+// read: in their place, with a weight of 0, is one that is.
 template <class T>
 FASTATTN_INLINE void find_rows(const AttentionCache& cache, const Rows& x, int64_t batch, int64_t kv_head,
-                               int64_t first, int64_t end, const T** found) {
+                               int64_t key, Range seen, const T** found) {
   const T* base = static_cast<const T*>(x.data) + kv_head * x.head;
-  for (int64_t key = first; key < end;) {
-    const int64_t column = key / cache.page_size, offset = key % cache.page_size;
+  for (int64_t at = seen.first; at < seen.end;) {
+    const int64_t column = at / cache.page_size;
     const int64_t page = cache.table ? cache.table[batch * cache.table_columns + column] : batch;
-    const T* row = base + page * x.batch + offset * x.row;
-    for (const int64_t stop = min(end, (column + 1) * cache.page_size); key < stop; ++key, row += x.row)
-      *found++ = row;
+    const T* row = base + page * x.batch + at % cache.page_size * x.row;
+    for (const int64_t stop = min(seen.end, (column + 1) * cache.page_size); at < stop; ++at, row += x.row)
+      found[at - key] = row;
+  }
+  for (int64_t i = 0; i < kChunk; ++i)
+    if (key + i < seen.first || key + i >= seen.end) found[i] = found[seen.first - key];
+}
+
+FASTATTN_INLINE void prefetch(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+}
+
+// rows[kChunk][dim] in float32, and pointers to them.
+template <class T>
+FASTATTN_INLINE void widen_rows(const T* const* rows, int64_t dim, float* to, const float** found) {
+  const int64_t stride = round_up(dim, W);
+  for (int64_t i = 0; i < kChunk; ++i, to += stride) {
+    for (int64_t d = 0; d < dim; d += W) store(to + d, load_as_float(rows[i] + d, dim - d));
+    found[i] = to;
   }
 }
 
-template <class T>
-FASTATTN_INLINE void prefetch(const T* row, int64_t dim) {
-  for (int64_t byte = 0; byte < dim * static_cast<int64_t>(sizeof(T)); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
-}
-
-// scores[W] = q · k of W rows of keys.
-template <class T>
-FASTATTN_INLINE vf dots(const float* q, const T* const* k, int64_t dim) {
+// scores[W] = q · k of W rows of keys. A key at a time: W pointers at once do not fit the registers.
+FASTATTN_INLINE vf dots(const float* q, const float* const* k, int64_t dim) {
   vf acc[W] = {};
-  int64_t d = 0;
-  for (; d + W <= dim; d += W) {
-    const vf x = load(q + d);
+  const auto add = [&](int64_t d, auto vectors, int64_t n) {
+    constexpr int N = decltype(vectors)::value;
+    vf x[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) x[j] = load(q + d + j * W);
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) acc[i] += x * load_as_float(k[i] + d);
-  }
-  if (d < dim) {
-    const vf x = load(q + d);
-    for (int i = 0; i < W; ++i) acc[i] += x * load_as_float(k[i] + d, dim - d);
-  }
+    for (int i = 0; i < W; ++i) {
+      const float* row = k[i] + d;
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) acc[i] += x[j] * (n >= N * W ? load(row + j * W) : load_as_float(row, n));
+    }
+  };
+  int64_t d = 0;
+  for (; d + 4 * W <= dim; d += 4 * W) add(d, std::integral_constant<int, 4>{}, dim - d);
+  for (; d < dim; d += W) add(d, std::integral_constant<int, 1>{}, dim - d);
   transpose(acc);
 #pragma GCC unroll 4
   for (int n = W / 2; n > 0; n /= 2)
@@ -69,9 +87,8 @@ FASTATTN_INLINE vf dots(const float* q, const T* const* k, int64_t dim) {
 }
 
 // out[dim] = decay · out + weights[count] · v[count][dim].
-template <class T>
-FASTATTN_INLINE void weigh(const float* weights, const T* const* v, int64_t count, int64_t dim, float decay,
-                           float* out) {
+FASTATTN_INLINE void weigh(const float* weights, const float* const* v, int64_t count, int64_t dim,
+                           float decay, float* out) {
   const auto columns = [&](int64_t d, auto vectors, int64_t n) {
     constexpr int N = decltype(vectors)::value;
     vf acc[N];
@@ -81,7 +98,7 @@ FASTATTN_INLINE void weigh(const float* weights, const T* const* v, int64_t coun
       const vf x = broadcast(weights[j]);
 #pragma GCC unroll 4
       for (int i = 0; i < N; ++i)
-        acc[i] += x * (n >= N * W ? load_as_float(v[j] + d + i * W) : load_as_float(v[j] + d, n));
+        acc[i] += x * (n >= N * W ? load(v[j] + d + i * W) : load_as_float(v[j] + d, n));
     }
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) store(out + d + i * W, acc[i]);
@@ -98,6 +115,8 @@ void decode(const AttentionProblem& p, const AttentionCache& cache, int64_t batc
   Scratch space{scratch};
   float* q = space.floats(rows * q_stride);
   float* weights = space.floats(rows * kChunk);
+  float* wide_k = space.floats(kChunk * q_stride);
+  float* wide_v = space.floats(kChunk * round_up(p.v_dim, W));
   const auto head_of = [&](int64_t r) { return first_head + r / p.q_length; };
   const auto partial = [&](int64_t r) {
     const int64_t at = ((batch * p.heads + head_of(r)) * p.q_length + r % p.q_length) * cache.splits + split;
@@ -117,62 +136,72 @@ void decode(const AttentionProblem& p, const AttentionCache& cache, int64_t batc
   }
 
   const Range needed = meet(seen(p, batch, 0, p.q_length), {split * kSplit, (split + 1) * kSplit});
-  with_cache_dtype(cache.dtype, [&](auto type) {
-    using T = decltype(type);
-    const T *k[kChunk], *v[kChunk];
-    for (int64_t key = needed.first / kChunk * kChunk; key < needed.end; key += kChunk) {
-      const Range chunk = meet(needed, {key, key + kChunk});
-      find_rows(cache, p.k, batch, kv_head, chunk.first, chunk.end, k + (chunk.first - key));
-      find_rows(cache, p.v, batch, kv_head, chunk.first, chunk.end, v + (chunk.first - key));
-      // Keys that nobody sees are not read: in their place one that somebody does, with a weight of 0.
-      for (int64_t i = 0; i < kChunk; ++i)
-        if (key + i < chunk.first || key + i >= chunk.end)
-          k[i] = k[chunk.first - key], v[i] = v[chunk.first - key];
-
-      for (int64_t c = 0; c < kChunk; c += W) {
-        if (key + c + W <= chunk.first || key + c >= chunk.end) continue;
-        for (int i = 0; i < W; ++i) {
-          prefetch(k[min(c + W + i, kChunk - 1)], p.qk_dim);
-          prefetch(v[c + i], p.v_dim);
-        }
-        for (int64_t r = 0; r < rows; ++r)
-          store(weights + r * kChunk + c, dots(q + r * q_stride, k + c, p.qk_dim));
+  const float *k[kChunk], *v[kChunk];
+  const void *soon_k[kChunk], *soon_v[kChunk];  // fetched while the scores are computed
+  int64_t k_bytes = 0, v_bytes = 0;
+  for (int64_t key = needed.first / kChunk * kChunk; key < needed.end; key += kChunk) {
+    const Range chunk = meet(needed, {key, key + kChunk}), next = meet(needed, {chunk.end, key + 2 * kChunk});
+    with_cache_dtype(cache.dtype, [&](auto type) {
+      using T = decltype(type);
+      const T *stored_k[kChunk], *stored_v[kChunk];
+      k_bytes = p.qk_dim * static_cast<int64_t>(sizeof(T)),
+      v_bytes = p.v_dim * static_cast<int64_t>(sizeof(T));
+      find_rows(cache, p.k, batch, kv_head, key, chunk, stored_k);
+      find_rows(cache, p.v, batch, kv_head, key, chunk, stored_v);
+      if constexpr (std::is_same_v<T, float>) {
+        memcpy(k, stored_k, sizeof k);
+        memcpy(v, stored_v, sizeof v);
+      } else {
+        widen_rows(stored_k, p.qk_dim, wide_k, k);
+        widen_rows(stored_v, p.v_dim, wide_v, v);
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t head = head_of(r), query = r % p.q_length;
-        float *row_weights = weights + r * kChunk, *out = partial(r), &m = out[v_stride],
-              &l = out[v_stride + 1];
-        const Panels found = panels(p, batch, head, query, 1, key, kChunk);
-        if (!found.some) continue;
-        vf peak = broadcast(-kInf);
-        if (changed(p) || found.some != found.all)
-          with_dtype(p.bias.data ? p.bias_dtype : Dtype::kFloat32, [&](auto bias) {
-            constrain_row(p, batch, head, query, key, found, row_weights, peak, nullptr, bias);
-          });
-        for_runs(found.some, [&](int64_t c, int64_t end) {
-          for (; c < end; c += W) peak = max(load(row_weights + c), peak);
-        });
-        float top = m;
-        for (int i = 0; i < W; ++i) top = peak[i] > top ? peak[i] : top;
-        const float shift = top == -kInf ? 0.0f : top, decay = exp2(broadcast(m - shift))[0];
-        vf sum{};
-        for_runs(found.some, [&](int64_t c, int64_t end) {
-          for (; c < end; c += W) {
-            const vf x = exp2(load(row_weights + c) - shift);
-            sum += x;
-            store(row_weights + c, x);
-          }
-        });
-        m = top;
-        l = l * decay + horizontal_sum(sum);
-        float next = decay;
-        for_runs(found.some, [&](int64_t c, int64_t end) {
-          weigh(row_weights + c, v + c, end - c, p.v_dim, next, out);
-          next = 1.0f;
-        });
+      if (next.first < next.end) {
+        find_rows(cache, p.k, batch, kv_head, key + kChunk, next, stored_k);
+        if (!std::is_same_v<T, float>) find_rows(cache, p.v, batch, kv_head, key + kChunk, next, stored_v);
       }
+      memcpy(soon_k, stored_k, sizeof soon_k);
+      memcpy(soon_v, stored_v, sizeof soon_v);
+    });
+    for (int64_t c = 0; c < kChunk; c += W) {
+      if (key + c + W <= chunk.first || key + c >= chunk.end) continue;
+      for (int i = 0; i < W; ++i) prefetch(soon_k[c + i], k_bytes), prefetch(soon_v[c + i], v_bytes);
+      for (int64_t r = 0; r < rows; ++r)
+        store(weights + r * kChunk + c, dots(q + r * q_stride, k + c, p.qk_dim));
     }
-  });
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t head = head_of(r), query = r % p.q_length;
+      float *row_weights = weights + r * kChunk, *out = partial(r), &m = out[v_stride],
+            &l = out[v_stride + 1];
+      const Panels found = panels(p, batch, head, query, 1, key, kChunk);
+      if (!found.some) continue;
+      vf peak = broadcast(-kInf);
+      if (changed(p) || found.some != found.all)
+        with_dtype(p.bias.data ? p.bias_dtype : Dtype::kFloat32, [&](auto bias) {
+          constrain_row(p, batch, head, query, key, found, row_weights, peak, nullptr, bias);
+        });
+      for_runs(found.some, [&](int64_t c, int64_t end) {
+        for (; c < end; c += W) peak = max(load(row_weights + c), peak);
+      });
+      float top = m;
+      for (int i = 0; i < W; ++i) top = peak[i] > top ? peak[i] : top;
+      const float shift = top == -kInf ? 0.0f : top, decay = exp2(broadcast(m - shift))[0];
+      vf sum{};
+      for_runs(found.some, [&](int64_t c, int64_t end) {
+        for (; c < end; c += W) {
+          const vf x = exp2(load(row_weights + c) - shift);
+          sum += x;
+          store(row_weights + c, x);
+        }
+      });
+      m = top;
+      l = l * decay + horizontal_sum(sum);
+      float next = decay;
+      for_runs(found.some, [&](int64_t c, int64_t end) {
+        weigh(row_weights + c, v + c, end - c, p.v_dim, next, out);
+        next = 1.0f;
+      });
+    }
+  }
 }
 
 void decode_merge(const AttentionProblem& p, const AttentionCache& cache, int64_t batch, int64_t head) {

@@ -53,19 +53,22 @@ FASTATTN_INLINE void softmax_strip(const AttentionProblem& p, int64_t batch, int
   vf sum[ROWS_UP] = {};
   for (int i = 0; i < ROWS; ++i) {
     vf sum0{}, sum1{};
-    Dropout dropout(p, batch, head, query + i);
+    float* x = scores + i * LD;
     for_runs(found, [&](int64_t first, int64_t end) {
-      for (int64_t c = first; c < end; c += PANEL) {
-        float* x = scores + i * LD + c;
-        vf p0 = exp2(load(x) - shift[i]), p1 = exp2(load(x + W) - shift[i]);
-        sum0 += p0;
-        sum1 += p1;
-        if constexpr (DROP) {
-          p0 = select(dropout.kept(key + c), p0, vf{});
-          p1 = select(dropout.kept(key + c + W), p1, vf{});
+      if constexpr (DROP) {
+        for_kept(p, batch, head, query + i, key, first, end, [&](int64_t c, vi kept) {
+          const vf prob = exp2(load(x + c) - shift[i]);
+          sum0 += prob;
+          store(x + c, select(kept, prob, vf{}));
+        });
+      } else {
+        for (int64_t c = first; c < end; c += PANEL) {
+          const vf p0 = exp2(load(x + c) - shift[i]), p1 = exp2(load(x + c + W) - shift[i]);
+          sum0 += p0;
+          sum1 += p1;
+          store(x + c, p0);
+          store(x + c + W, p1);
         }
-        store(x, p0);
-        store(x + W, p1);
       }
     });
     sum[i] = sum0 + sum1;

@@ -7,9 +7,6 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-typedef uint8_t vb __attribute__((vector_size(W)));
-typedef uint8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
-
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kMaxFloat = 3.4028234664e38f;
 constexpr float kLn2 = 0.69314718055994530942f;
@@ -49,11 +46,10 @@ FASTATTN_INLINE vf load_scores(const T* x, int64_t column_stride, int64_t n) {
   return load_as_float(part);
 }
 FASTATTN_INLINE vi load_mask(const uint8_t* x, int64_t column_stride, int64_t n) {
-  if (column_stride == 1 && n >= W)
-    return __builtin_convertvector(*reinterpret_cast<const vb_any*>(x), vi) != 0;
-  uint8_t part[W] = {};
-  for (int64_t i = 0; i < min(n, W); ++i) part[i] = x[i * column_stride];
-  return __builtin_convertvector(*reinterpret_cast<const vb_any*>(part), vi) != 0;
+  if (column_stride == 1 && n >= W) return widen_bytes(reinterpret_cast<const int8_t*>(x)) != 0;
+  int8_t part[W] = {};
+  for (int64_t i = 0; i < min(n, W); ++i) part[i] = static_cast<int8_t>(x[i * column_stride]);
+  return widen_bytes(part) != 0;
 }
 
 // tanh to 2 units in the last place (Cephes' tanhf: a polynomial near 0, where 1 - 2 / (e^2x + 1) loses
@@ -182,32 +178,25 @@ void score_strip(const AttentionProblem& p, int64_t batch, int64_t head, int64_t
   for (int i = 0; i < ROWS; ++i) peak[i] = best[i];
 }
 
-// Which of one query's keys dropout keeps.
-struct Dropout {
-  const AttentionProblem& p;
-  uint32_t batch, head, query;
-  int64_t group = -1;
+// Calls f(c, kept) for every W columns from `first` to before `end` of the block of keys from `key`, with all
+// ones in the lanes that dropout keeps for this query.
+template <class F>
+FASTATTN_INLINE void for_kept(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query,
+                              int64_t key, int64_t first, int64_t end, const F& f) {
   uint32_t numbers[2 * kPhiloxGroup];  // of two neighbouring groups, where keys do not start with a group
-
-  FASTATTN_INLINE Dropout(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query)
-      : p(p),
-        batch(static_cast<uint32_t>(batch)),
-        head(static_cast<uint32_t>(head)),
-        query(static_cast<uint32_t>(query + p.q_start)) {}
-
-  // All ones in the lanes that are kept of the W from `key`, a multiple of W.
-  FASTATTN_INLINE vi kept(int64_t key) {
-    const int64_t position = p.k_start + key;
-    if (position / kPhiloxGroup != group) {
-      group = position / kPhiloxGroup;
-      philox_group(p.seed, batch, head, query, static_cast<uint32_t>(group), numbers);
-      if (p.k_start % W != 0)
-        philox_group(p.seed, batch, head, query, static_cast<uint32_t>(group + 1), numbers + kPhiloxGroup);
+  for (int64_t c = first; c < end;) {
+    const int64_t position = p.k_start + key + c, offset = position % kPhiloxGroup;
+    for (int n = 0; n <= (position % W != 0); ++n)
+      philox_group(p.seed, static_cast<uint32_t>(batch), static_cast<uint32_t>(head),
+                   static_cast<uint32_t>(query + p.q_start),
+                   static_cast<uint32_t>(position / kPhiloxGroup + n), numbers + n * kPhiloxGroup);
+    const int64_t stop = min(end, c + round_up(kPhiloxGroup - offset, W));
+    for (const uint32_t* at = numbers + offset; c < stop; c += W, at += W) {
+      const vu x = *reinterpret_cast<const vu_any*>(at);
+      f(c, reinterpret_cast<vi>(x >= vu{} + p.drop_threshold));
     }
-    const vu x = *reinterpret_cast<const vu_any*>(numbers + position % kPhiloxGroup);
-    return reinterpret_cast<vi>(x >= vu{} + p.drop_threshold);
   }
-};
+}
 
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA

@@ -18,6 +18,9 @@ namespace {
 
 constexpr int kPhiloxGroup = 128;
 
+typedef uint32_t vw __attribute__((vector_size(2 * W)));  // as many lanes as vq has
+typedef uint32_t vw_any __attribute__((vector_size(2 * W), aligned(4), may_alias));
+
 // Product of the low 32 bits of each 64-bit lane.
 FASTATTN_INLINE vq multiply_low32(vq a, vq b) {
 #if defined(__AVX512F__) && FASTATTN_LANES == 16
@@ -30,12 +33,13 @@ FASTATTN_INLINE vq multiply_low32(vq a, vq b) {
 }
 
 // The 16-bit numbers of one row's 128 keys from 128 · group, as numbers[16 · t + lane] of kPhiloxGroup.
-inline void philox_group(uint64_t seed, uint32_t batch, uint32_t head, uint32_t query, uint32_t group,
-                         uint32_t* numbers) {
+FASTATTN_INLINE void philox_group(uint64_t seed, uint32_t batch, uint32_t head, uint32_t query,
+                                  uint32_t group, uint32_t* numbers) {
   constexpr int H = W / 2;  // counters a call
   for (int lane = 0; lane < 16; lane += H) {
     vq c0, c1 = vq{} + query, c2 = vq{} + head, c3 = vq{} + batch;
-    for (int i = 0; i < H; ++i) c0[i] = uint64_t{16} * group + static_cast<uint64_t>(lane + i);
+    for (int i = 0; i < H; ++i) c0[i] = static_cast<uint64_t>(i);
+    c0 += uint64_t{16} * group + static_cast<uint64_t>(lane);
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     // Only the low 32 bits of a lane count; what a round leaves above them is never read.
 #pragma GCC unroll 10
@@ -52,11 +56,8 @@ inline void philox_group(uint64_t seed, uint32_t batch, uint32_t head, uint32_t 
 #pragma GCC unroll 4
     for (int w = 0; w < 4; ++w) {
       const vq low = words[w] & 0xffff, high = (words[w] >> 16) & 0xffff;
-#pragma GCC unroll 8
-      for (int i = 0; i < H; ++i) {
-        numbers[32 * w + lane + i] = static_cast<uint32_t>(low[i]);
-        numbers[32 * w + 16 + lane + i] = static_cast<uint32_t>(high[i]);
-      }
+      *reinterpret_cast<vw_any*>(numbers + 32 * w + lane) = __builtin_convertvector(low, vw);
+      *reinterpret_cast<vw_any*>(numbers + 32 * w + 16 + lane) = __builtin_convertvector(high, vw);
     }
   }
 }

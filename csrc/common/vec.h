@@ -24,7 +24,6 @@ typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint64_t vq __attribute__((vector_size(4 * W)));  // W / 2 lanes
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 typedef int8_t vb8_any __attribute__((vector_size(W), aligned(1), may_alias));
-typedef uint8_t vu8_any __attribute__((vector_size(W), aligned(1), may_alias));
 typedef float vf_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint32_t vu_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(2 * W), aligned(2), may_alias));
@@ -135,12 +134,20 @@ FASTATTN_INLINE vh narrow(vf x, f16) {
 }
 
 FASTATTN_INLINE vf load_as_float(const float* p) { return load(p); }
-FASTATTN_INLINE vf load_as_float(const int8_t* p) {
-  return __builtin_convertvector(*reinterpret_cast<const vb8_any*>(p), vf);
+// W bytes as 32-bit integers: the compiler takes a conversion of bytes apart, lane by lane.
+FASTATTN_INLINE vi widen_bytes(const int8_t* p) {
+#if defined(__AVX512F__) && FASTATTN_LANES == 16
+  return reinterpret_cast<vi>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__) && FASTATTN_LANES == 8
+  return reinterpret_cast<vi>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const vb8_any*>(p), vi);
+#endif
 }
+FASTATTN_INLINE vf load_as_float(const int8_t* p) { return __builtin_convertvector(widen_bytes(p), vf); }
 FASTATTN_INLINE vf load_as_float(const e4m3* p) {
   // Exponent and mantissa in place, then a product moves the bias (7 to 127). 0x7f is NaN.
-  const vu x = __builtin_convertvector(*reinterpret_cast<const vu8_any*>(p), vu);
+  const vu x = reinterpret_cast<vu>(widen_bytes(reinterpret_cast<const int8_t*>(p)));
   const vf size = reinterpret_cast<vf>((x & 0x7f) << 20) * 0x1p120f;
   const vu bits = (x & 0x7f) == 0x7f ? vu{} + 0x7fc00000u : reinterpret_cast<vu>(size);
   return reinterpret_cast<vf>(bits | ((x & 0x80) << 24));
