@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "ops.cpu": {"_backends", "ops.library", *MATHEMATICS},
     "ops.triton": {"_backends", "ops.library", *MATHEMATICS},
     "ops.hopper": {"_backends", "ops.library", *MATHEMATICS},
-    "ops.api": {"_backends", "ops.checks", "ops.library", "ops.reference", *MATHEMATICS},
+    "ops.api": {"_backends", "ops.checks", "ops.varlen", "ops.library", "ops.reference", *MATHEMATICS},
     "ops.varlen": {"ops.api", *MATHEMATICS},
     "ops.kv_cache": {
         "_backends",

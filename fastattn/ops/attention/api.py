@@ -65,7 +65,8 @@ def attention(
             with a unit last one cost no copy, so ``x.view(B, L, H, D).transpose(1, 2)`` is fine.
         k: ``[B, H_kv, L_k, D]``, q's dtype. H_kv divides H: query head h reads key head ``h // (H / H_kv)``
             (grouped-query attention; H_kv = 1 is multi-query).
-        v: ``[B, H_kv, L_k, D_v]``, q's dtype.
+        v: ``[B, H_kv, L_k, D_v]``, q's dtype. All three may be nested tensors of layout `torch.jagged`, as
+            `torch.nn.functional.scaled_dot_product_attention` takes them; out and lse are nested then.
         mask: `causal()`, `sliding_window(left, right)`, `prefix(n)`, `chunked(size)`,
             `documents(cu_seqlens)`, `key_padding(lengths)`, `block_sparse(blocks, block_size)`, a bool tensor
             broadcastable to ``[B, H, L_q, L_k]`` (True = may attend), these joined by ``&`` and ``|``, or
@@ -117,6 +118,27 @@ def attention(
         >>> fastattn.attention(q, k, v, mask=window, bias=fastattn.alibi(torch.tensor([0.5, 0.25]))).shape
         torch.Size([1, 2, 5, 8])
     """
+    if isinstance(q, Tensor) and q.is_nested:
+        from fastattn.ops.attention.varlen import nested_attention  # noqa: PLC0415 - it calls this function
+
+        if q_start is not None or k_start is not None:
+            raise ValueError(
+                "q_start, k_start: expected None with nested tensors, positions count from each start"
+            )
+        return nested_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            dropout=dropout,
+            seed=seed,
+            return_lse=return_lse,
+            backend=backend,
+        )
     q, k, v = _autocast(q, k, v)
     mask_, bias_ = as_mask(mask), as_bias(bias)
     check_inputs(q, k, v)
