@@ -295,7 +295,7 @@ class _Installed:
                     pass  # torch says what is wrong with it, or computes it
                 else:
                     assert isinstance(out, Tensor)
-                    self.traced = self.traced or type(query).__name__ == "FunctionalTensor"
+                    self.traced = self.traced or traced
                     return out if len(lead) == 2 else out.reshape(*lead, *out.shape[2:])
         return _SDPA.decompose(query, key, value, attn_mask, dropout_p, is_causal, **options)
 

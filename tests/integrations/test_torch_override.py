@@ -325,6 +325,21 @@ def test_compiled_while_it_is_on(backend, calls, case, compiler):
     assert all(torch.equal(a, b) for a, b in zip(after, untouched, strict=True))
 
 
+@pytest.mark.slow
+def test_compiled_code_from_the_cache_on_disk_is_given_up_as_well(backend):
+    """Then nothing of ours is traced but by Dynamo."""
+    tensors = qkv(v_dim=5)
+    torch.compiler.reset()
+    compiled = torch.compile(F.scaled_dot_product_attention, backend="inductor", fullgraph=True)
+    untouched = results(tensors, function=compiled)
+    for _ in range(2):
+        torch.compiler.reset()
+        with torch_override.override(backend):
+            assert torch.allclose(results(tensors, function=compiled)[0], untouched[0], atol=1e-5)
+        after = results(tensors, function=compiled)
+        assert all(torch.equal(a, b) for a, b in zip(after, untouched, strict=True))
+
+
 def test_compiled_before_it_is_on(backend, calls):
     """A call of torch's flash kernel in a compiled graph is ours from when it is turned on."""
     tensors = qkv()
