@@ -39,3 +39,13 @@ def test_a_compact_bias_far_from_the_keys() -> None:
         found = fastattn.attention(q, k, k, return_lse=True, **options)
         want = fastattn.attention(q, k, k, return_lse=True, backend="reference", **options)
         torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+
+
+def test_the_reference_under_autocast() -> None:
+    """Its float32 scores were rounded to bfloat16 by autocast, and lse was bfloat16."""
+    q, k, v = (torch.randn(1, 2, 50, 32).bfloat16() for _ in range(3))
+    want = fastattn.attention(q, k, v, return_lse=True, backend="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fastattn.attention(q, k, v, return_lse=True, backend="reference")
+    assert found[1].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))

@@ -14,6 +14,7 @@ from fastattn.ops.attention.biases import Bias, as_bias
 from fastattn.ops.attention.checks import check_inputs, check_options, check_seed
 from fastattn.ops.attention.masks import Mask, as_mask
 from fastattn.ops.attention.problem import resolve
+from fastattn.ops.attention.weights import no_autocast
 
 
 class Explanation(NamedTuple):
@@ -156,9 +157,10 @@ def attention(
 
     if chosen == "reference":
         scale, cap, dropout = numbers
-        out, lse = reference.attention(
-            q, k, v, mask_, bias_, sinks, scale, cap, dropout, seed, q_start, k_start
-        )
+        with no_autocast(q.device):
+            out, lse = reference.attention(
+                q, k, v, mask_, bias_, sinks, scale, cap, dropout, seed, q_start, k_start
+            )
     else:
         problem = resolve(q, k, mask_, bias_, sinks, seed, q_start, k_start, *numbers)
         out, lse = library.attention(q, k, v, *problem, chosen)
@@ -227,9 +229,10 @@ def attention_backward(
     numbers = (float(scale), float(softcap or 0.0), float(dropout))
     if chosen == "reference":
         scale, cap, dropout = numbers
-        return reference.backward(
-            dout, dlse, q, k, v, out, lse, mask_, bias_, scale, cap, dropout, seed, q_start, k_start
-        )
+        with no_autocast(q.device):
+            return reference.backward(
+                dout, dlse, q, k, v, out, lse, mask_, bias_, scale, cap, dropout, seed, q_start, k_start
+            )
     problem = resolve(q, k, mask_, bias_, None, seed, q_start, k_start, *numbers)
     saved = (dout, dlse, q, k, v, out, lse)
     return library.gradient(torch.ops.fastattn.attention_backward, (*saved, *problem, chosen))  # type: ignore[no-any-return]

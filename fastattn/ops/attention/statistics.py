@@ -15,6 +15,7 @@ from fastattn.ops.attention.biases import Bias, as_bias
 from fastattn.ops.attention.checks import check_inputs, check_options
 from fastattn.ops.attention.constraints import Blocks, Constraint, Dense, Positions
 from fastattn.ops.attention.masks import Mask, as_mask, documents_of
+from fastattn.ops.attention.weights import no_autocast
 
 # Probabilities in memory at a time: 4 MiB in float32, and at least one row of every head.
 _BLOCK: Final = 1 << 20
@@ -119,7 +120,7 @@ def attention_statistics(
     ) -> list[Tensor]:
         """The `wanted` of the rows at `index`, given theirs of q and of the dense bias."""
         compact = (part.of(x) for part, x in zip(bias.compact, parameters, strict=True))
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q.device):
             scores = _scores(q, k, scale, softcap)
             added = _bias_rows(Bias(dense, tuple(compact)), mask, index, place)
             scores = scores if added is None else scores + added.to(scores.dtype)
