@@ -18,9 +18,8 @@ STABLE_TORCH_LIBRARY(fastattn_cpu, m) {
       "attention_decode(Tensor q, Tensor k, Tensor v, Tensor? block_table, Tensor? k_scale, "
       "Tensor? v_scale, " ATTENTION_PROBLEM "Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("attention_backward(" ATTENTION_SAVED ATTENTION_PROBLEM
-        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
-  m.def("attention_parameter_backward(" ATTENTION_SAVED ATTENTION_PROBLEM
-        "int wanted, Tensor(a!) dbias, Tensor(b!) drelative, Tensor(c!) dsinks) -> ()");
+        "int wanted, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dbias, Tensor(e!) drelative, "
+        "Tensor(f!) dsinks) -> ()");
   m.def("isa_present() -> int");
   m.def("fma_loop(int steps, int isa) -> float");
 }
@@ -29,7 +28,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&fastattn::attention_forward));
   m.impl("attention_decode", TORCH_BOX(&fastattn::attention_decode));
   m.impl("attention_backward", TORCH_BOX(&fastattn::attention_backward));
-  m.impl("attention_parameter_backward", TORCH_BOX(&fastattn::attention_parameter_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CompositeExplicitAutograd, m) {

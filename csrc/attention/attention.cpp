@@ -217,6 +217,33 @@ void run_decode(const AttentionKernels& kernel, const AttentionProblem& p, Atten
             [&](int64_t i, char*) { kernel.decode_merge(p, cache, i / p.heads, i % p.heads); });
 }
 
+float* gradient(const char* name, const OptionalTensor& of, const Tensor& x) {
+  STD_TORCH_CHECK(of && x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float &&
+                      x.numel() == of->numel(),
+                  name, ": expected contiguous float32 of the shape of what it is the gradient of");
+  return static_cast<float*>(x.data_ptr());
+}
+
+void gradients_of_inputs(const AttentionKernels& kernel, const AttentionProblem& p, AttentionGradients& g,
+                         const Tensor& lse) {
+  const int64_t matrices = p.batch * p.heads, query_blocks = ceil_div(p.q_length, kernel.query_block);
+  g.dq_rows = query_blocks * kernel.query_block;
+  g.dq_stride = ceil_div(p.qk_dim, kernel.dq_alignment) * kernel.dq_alignment;
+  const Tensor dq_sum = torch::stable::new_zeros(lse, {matrices, g.dq_rows, g.dq_stride});
+  const Tensor turn = torch::stable::new_zeros(lse, {matrices, query_blocks}, ScalarType::Int);
+  g.dq_sum = static_cast<float*>(dq_sum.data_ptr());
+  g.turn = static_cast<int32_t*>(turn.data_ptr());
+
+  // The first keys have the most queries under a causal mask: longest first, and neighbours in time on other
+  // heads.
+  const int64_t kv_matrices = p.batch * p.kv_heads, key_blocks = ceil_div(p.k_length, kernel.key_block(p));
+  run_tasks(kv_matrices * key_blocks, kernel.backward_scratch(p), [&](int64_t i, char* scratch) {
+    const int64_t matrix = i % kv_matrices;
+    kernel.backward_keys(p, g, matrix / p.kv_heads, matrix % p.kv_heads, i / kv_matrices, scratch);
+  });
+  run_tasks(matrices, 0, [&](int64_t i, char*) { kernel.backward_queries(p, g, i / p.heads, i % p.heads); });
+}
+
 }  // namespace
 
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, FASTATTN_ATTENTION_OPTIONS,
@@ -269,58 +296,42 @@ void attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const O
   run_decode(kernel, p, cache, lse);
 }
 
-void attention_backward(FASTATTN_ATTENTION_SAVED, FASTATTN_ATTENTION_OPTIONS, int64_t isa, const Tensor& dq,
-                        const Tensor& dk, const Tensor& dv) {
+void attention_backward(FASTATTN_ATTENTION_SAVED, FASTATTN_ATTENTION_OPTIONS, int64_t isa, int64_t wanted,
+                        const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dbias,
+                        const Tensor& drelative, const Tensor& dsinks) {
   const AttentionKernels& kernel = kernels(isa);
   const AttentionProblem p = dense_problem(q, k, v, FASTATTN_ATTENTION_GIVEN, out, lse);
-  AttentionGradients g{};
-  g.dout = rows(dout, out, q), g.dq = rows(dq, q, q), g.dk = rows(dk, k, q), g.dv = rows(dv, v, q);
-  const Statistics statistics = row_statistics(kernel, p, g, lse, dlse);
-
-  const int64_t matrices = p.batch * p.heads, query_blocks = ceil_div(p.q_length, kernel.query_block);
-  g.dq_rows = query_blocks * kernel.query_block;
-  g.dq_stride = ceil_div(p.qk_dim, kernel.dq_alignment) * kernel.dq_alignment;
-  const Tensor dq_sum = torch::stable::new_zeros(lse, {matrices, g.dq_rows, g.dq_stride});
-  const Tensor turn = torch::stable::new_zeros(lse, {matrices, query_blocks}, ScalarType::Int);
-  g.dq_sum = static_cast<float*>(dq_sum.data_ptr());
-  g.turn = static_cast<int32_t*>(turn.data_ptr());
-
-  // The first keys have the most queries under a causal mask: longest first, and neighbours in time on other
-  // heads.
-  const int64_t kv_matrices = p.batch * p.kv_heads, key_blocks = ceil_div(p.k_length, kernel.key_block(p));
-  run_tasks(kv_matrices * key_blocks, kernel.backward_scratch(p), [&](int64_t i, char* scratch) {
-    const int64_t matrix = i % kv_matrices;
-    kernel.backward_keys(p, g, matrix / p.kv_heads, matrix % p.kv_heads, i / kv_matrices, scratch);
-  });
-  run_tasks(matrices, 0, [&](int64_t i, char*) { kernel.backward_queries(p, g, i / p.heads, i % p.heads); });
-}
-
-void attention_parameter_backward(FASTATTN_ATTENTION_SAVED, FASTATTN_ATTENTION_OPTIONS, int64_t isa,
-                                  int64_t wanted, const Tensor& dbias, const Tensor& drelative,
-                                  const Tensor& dsinks) {
-  const AttentionKernels& kernel = kernels(isa);
-  const AttentionProblem p = dense_problem(q, k, v, FASTATTN_ATTENTION_GIVEN, out, lse);
-  const auto grad = [](const char* name, const OptionalTensor& of, const Tensor& x) {
-    STD_TORCH_CHECK(of && x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float &&
-                        x.numel() == of->numel(),
-                    name, ": expected contiguous float32 of the shape of what it is the gradient of");
-    return static_cast<float*>(x.data_ptr());
-  };
   AttentionGradients g{};
   g.dout = rows(dout, out, q);
-  Tensor each = torch::stable::new_zeros(lse, {p.batch * p.heads});
+  const Tensor each = torch::stable::new_zeros(lse, {p.batch * p.heads});
   if (wanted & 4) g.dsinks = static_cast<float*>(each.data_ptr());
   const Statistics statistics = row_statistics(kernel, p, g, lse, dlse);
   if (wanted & 4) {
-    float* sum = grad("dsinks", sinks, dsinks);
+    float* sum = gradient("dsinks", sinks, dsinks);
     const int64_t count = dsinks.numel();
     for (int64_t i = 0; i < count; ++i) sum[i] = 0.0f;
     for (int64_t i = 0; i < p.batch * p.heads; ++i) sum[i % count] += g.dsinks[i];
   }
+
+  // A bias that does not broadcast gets its gradient on the way to those of q, k and v.
+  bool on_the_way = false;
   if (wanted & 1) {
-    g.dbias = grad("dbias", bias, dbias);
+    g.dbias = gradient("dbias", bias, dbias);
     g.bias_batch = bias->size(0), g.bias_heads = bias->size(1);
     g.bias_rows = bias->size(2), g.bias_columns = bias->size(3);
+    on_the_way = (wanted & 8) && p.softcap == 0.0f && g.bias_batch == p.batch && g.bias_heads == p.heads &&
+                 g.bias_rows == p.q_length && g.bias_columns == p.k_length;
+  }
+  if (wanted & 8) {
+    g.dq = rows(dq, q, q), g.dk = rows(dk, k, q), g.dv = rows(dv, v, q);
+    AttentionGradients own = g;
+    if (on_the_way)
+      torch::stable::zero_(const_cast<Tensor&>(dbias));
+    else
+      own.dbias = nullptr;
+    gradients_of_inputs(kernel, p, own, lse);
+  }
+  if ((wanted & 1) && !on_the_way) {
     const int64_t matrices = g.bias_batch * g.bias_heads;
     const int64_t key_blocks = g.bias_columns == 1 ? 1 : ceil_div(p.k_length, kernel.key_block(p));
     run_tasks(matrices * key_blocks, kernel.backward_scratch(p), [&](int64_t i, char* scratch) {
@@ -329,7 +340,7 @@ void attention_parameter_backward(FASTATTN_ATTENTION_SAVED, FASTATTN_ATTENTION_O
     });
   }
   if (wanted & 2) {
-    g.drelative = grad("drelative", relative, drelative);
+    g.drelative = gradient("drelative", relative, drelative);
     g.relative_batches = relative->size(0), g.relative_heads = relative->size(1);
     g.relative_size = relative->size(2);
     run_tasks(g.relative_batches * g.relative_heads, kernel.backward_scratch(p),

@@ -41,11 +41,10 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, FASTAT
 void attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& block_table,
                       const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                       FASTATTN_ATTENTION_OPTIONS, int64_t isa, const Tensor& out, const Tensor& lse);
-void attention_backward(FASTATTN_ATTENTION_SAVED, FASTATTN_ATTENTION_OPTIONS, int64_t isa, const Tensor& dq,
-                        const Tensor& dk, const Tensor& dv);
-void attention_parameter_backward(FASTATTN_ATTENTION_SAVED, FASTATTN_ATTENTION_OPTIONS, int64_t isa,
-                                  int64_t wanted, const Tensor& dbias, const Tensor& drelative,
-                                  const Tensor& dsinks);
+// Bits of `wanted`: 1 dbias, 2 drelative, 4 dsinks, 8 dq, dk and dv. What is not wanted is not written.
+void attention_backward(FASTATTN_ATTENTION_SAVED, FASTATTN_ATTENTION_OPTIONS, int64_t isa, int64_t wanted,
+                        const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dbias,
+                        const Tensor& drelative, const Tensor& dsinks);
 
 // Bit i is set where instruction set i (common/isa.h) is compiled in and this CPU has it.
 int64_t isa_mask();

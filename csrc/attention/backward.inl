@@ -31,7 +31,8 @@ struct Tile {
   float *q, *dout;  // row panels of kQueryBlock rows; q is scaled by scale · log2(e)
   float* slope;     // softcap' of a strip
   float log2_sum[kQueryBlock], delta[kQueryBlock];
-  Panels found[kQueryBlock / ROWS];  // computed panels of each strip; the rest is 0
+  // Computed panels of each strip. Its others are 0; a strip without any is not written.
+  Panels found[kQueryBlock / ROWS];
 };
 
 int64_t key_block_floats(const AttentionProblem& p) {
@@ -149,9 +150,9 @@ bool compute_tile(const AttentionProblem& p, const AttentionGradients& g, const 
   for (int64_t r = 0; r < kQueryBlock; r += ROWS) {
     float *pz = t.p + r * LD, *ds = t.ds + r * LD;
     const uint64_t found = t.found[r / ROWS].some;
+    if (!found) continue;
     clear(found, b.padded, width, pz);
     clear(found, b.padded, width, ds);
-    if (!found) continue;
     vf peak[ROWS];
     float* slope = inner && p.softcap != 0.0f ? t.slope : nullptr;
     score_strip(p, batch, head, query + r, b.first, t.found[r / ROWS], panel_rows(t.q, kQueryBlock, r), b.kt,
@@ -237,6 +238,15 @@ FASTATTN_INLINE uint64_t panels_of(int64_t column) {
   return uint64_t{1} << column / PANEL | uint64_t{1} << min((column + ROWS - 1) / PANEL, 63);
 }
 
+// dbias of a bias that does not broadcast; what is masked throughout is 0 already.
+void copy_bias_tile(const AttentionProblem& p, const AttentionGradients& g, const KeyBlock& b, int64_t head,
+                    int64_t query, const Tile& t) {
+  float* to = g.dbias + ((b.batch * p.heads + head) * p.q_length + query) * p.k_length + b.first;
+  const int64_t rows = min(kQueryBlock, p.q_length - query);
+  for (int64_t r = 0; r < rows; ++r)
+    if (t.found[r / ROWS].some) memcpy(to + r * p.k_length, t.ds + r * LD, static_cast<size_t>(b.count) * 4);
+}
+
 void backward_keys(const AttentionProblem& p, const AttentionGradients& g, int64_t batch, int64_t kv_head,
                    int64_t block, char* scratch) {
   Scratch space{scratch};
@@ -257,20 +267,23 @@ void backward_keys(const AttentionProblem& p, const AttentionGradients& g, int64
       const int64_t* blocks = g.seen_blocks + (batch * query_blocks + i) * 2;
       if (block < blocks[0] || block >= blocks[1]) continue;
       const bool any = compute_tile(p, g, b, head, query, true, t);
+      if (any && g.dbias) copy_bias_tile(p, g, b, head, query, t);
       for (int64_t c = 0; any && c < b.count; c += ROWS) {
-        // The strips from the first to the last that sees these keys; the others hold zeros.
         const uint64_t own = panels_of(c);
-        int64_t r = 0, end = kQueryBlock;
-        while (r < end && !(t.found[r / ROWS].some & own)) r += ROWS;
-        while (r < end && !(t.found[end / ROWS - 1].some & own)) end -= ROWS;
-        if (r == end) continue;
-        const int64_t depth = end - r;
-        const Left<1, LD> pz{t.p + r * LD + c, depth, 0}, ds{t.ds + r * LD + c, depth, 0};
-        const float *dout = t.dout + r * PANEL, *q = t.q + r * PANEL;
-        accumulate<false>(dv + c * v_stride, v_stride, pz, dout, kQueryBlock * PANEL, depth, p.v_dim,
-                          nullptr);
-        accumulate<false>(dk + c * qk_stride, qk_stride, ds, q, kQueryBlock * PANEL, depth, p.qk_dim,
-                          nullptr);
+        for (int64_t r = 0, end; r < kQueryBlock; r = end) {  // each run of strips that see these keys
+          end = r;
+          while (end < kQueryBlock && t.found[end / ROWS].some & own) end += ROWS;
+          if (r == end) {
+            end += ROWS;
+            continue;
+          }
+          const int64_t depth = end - r;
+          const Left<1, LD> pz{t.p + r * LD + c, depth, 0}, ds{t.ds + r * LD + c, depth, 0};
+          accumulate<false>(dv + c * v_stride, v_stride, pz, t.dout + r * PANEL, kQueryBlock * PANEL, depth,
+                            p.v_dim, nullptr);
+          accumulate<false>(dk + c * qk_stride, qk_stride, ds, t.q + r * PANEL, kQueryBlock * PANEL, depth,
+                            p.qk_dim, nullptr);
+        }
       }
       int32_t* turn = g.turn + (batch * p.heads + head) * query_blocks + i;
       float* dq = g.dq_sum + ((batch * p.heads + head) * g.dq_rows + query) * g.dq_stride;
@@ -354,6 +367,7 @@ void backward_bias(const AttentionProblem& p, const AttentionGradients& g, int64
               // Sums over rows and columns are taken a tile at a time: long sums of small terms lose digits.
               float part[LD] = {};
               for (int64_t r = 0; r < rows; ++r) {
+                if (!t.found[r / ROWS].some) continue;
                 const float* ds = t.ds + r * LD;
                 float* to = one_row ? part : dbias + (query + r) * g.bias_columns;
                 if (one_column) {
@@ -378,15 +392,16 @@ void backward_relative(const AttentionProblem& p, const AttentionGradients& g, i
             one_or_all(relative_head, g.relative_heads, p.heads), Range{0, blocks}, scratch,
             [&](int64_t batch, int64_t, const KeyBlock& b, int64_t query, int64_t rows, const Tile& t) {
               const auto at = [&](int64_t r) { return relative_row(p, batch, query + r) + b.first; };
-              const auto add = [&](const float* ds, float* to) {
-                for (int64_t c = 0; c < b.count; ++c) to[c] += ds[c];
+              const auto add = [&](int64_t r, float* to) {
+                if (!t.found[r / ROWS].some) return;
+                for (int64_t c = 0; c < b.count; ++c) to[c] += t.ds[r * LD + c];
               };
               // As for dbias, a tile at a time, where its rows fall on neighbouring distances.
               float part[LD + kQueryBlock] = {};
               if (p.origin) {
-                for (int64_t r = 0; r < rows; ++r) add(t.ds + r * LD, drelative + at(r));
+                for (int64_t r = 0; r < rows; ++r) add(r, drelative + at(r));
               } else {
-                for (int64_t r = 0; r < rows; ++r) add(t.ds + r * LD, part + rows - 1 - r);
+                for (int64_t r = 0; r < rows; ++r) add(r, part + rows - 1 - r);
                 for (int64_t d = 0; d < b.count + rows - 1; ++d) drelative[at(rows - 1) + d] += part[d];
               }
             });

@@ -52,8 +52,7 @@ FASTATTN_INLINE vi load_mask(const uint8_t* x, int64_t column_stride, int64_t n)
   return widen_bytes(part) != 0;
 }
 
-// tanh to 2 units in the last place (Cephes' tanhf: a polynomial near 0, where 1 - 2 / (e^2x + 1) loses
-// digits).
+// tanh to 2 units in the last place: Cephes' polynomial near 0, where 1 - 2 / (e^2x + 1) loses digits.
 FASTATTN_INLINE vf tanh(vf x) {
   const vf z = x * x;
   vf near = broadcast(-5.70498872745e-3f);
@@ -62,7 +61,7 @@ FASTATTN_INLINE vf tanh(vf x) {
   near = near * z + 1.33314422036e-1f;
   near = near * z - 3.33332819422e-1f;
   near = near * z * x + x;
-  const vf size = x < 0.0f ? -x : x, bounded = size > 10.0f ? broadcast(10.0f) : size;
+  const vf size = max(x, -x), bounded = size > 10.0f ? broadcast(10.0f) : size;
   const vf far = 1.0f - 2.0f / (exp2(bounded * (2.0f * kLog2e)) + 1.0f);
   return select(size < 0.625f, near, select(x < 0.0f, -far, far));
 }
@@ -106,8 +105,7 @@ struct Seen {
 
 FASTATTN_INLINE vf plus_bias(vf x, vf bias) {
   // The most negative finite bias stays finite in base 2: it is no mask.
-  x += select(bias == -kInf, bias, max(broadcast(-kMaxFloat), bias * kLog2e));
-  return select(bias == -kInf, x, max(broadcast(-kMaxFloat), x));
+  return select(bias == -kInf, bias, max(broadcast(-kMaxFloat), bias * kLog2e + x));
 }
 
 // Where among the biases by distance key 0 of one query is; its other keys follow.
@@ -121,31 +119,61 @@ FASTATTN_INLINE bool changed(const AttentionProblem& p) {
   return p.bias.data || p.relative || p.softcap != 0.0f;
 }
 
+// scores += what is added to one row of them, in columns from `first` to before `end`.
+template <class Bias>
+FASTATTN_INLINE void add_biases(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query,
+                                int64_t key, int64_t first, int64_t end, float* scores, Bias) {
+  const Bias* dense = p.bias.data ? at<Bias>(p.bias, batch, head, query, key) : nullptr;
+  const float* relative = p.relative ? p.relative + batch * p.relative_batch + head * p.relative_head +
+                                           relative_row(p, batch, query) + key
+                                     : nullptr;
+  const auto add = [&](const auto& bias) {
+    for (int64_t c = first, there = p.k_length - key - first; c < end && there > 0; c += W, there -= W)
+      store(scores + c, plus_bias(load(scores + c), bias(c, there)));
+  };
+  const auto load_dense = [&](int64_t c, int64_t there) {
+    return load_scores(dense + c * p.bias.column, p.bias.column, there);
+  };
+  const auto load_relative = [&](int64_t c, int64_t there) { return load_as_float(relative + c, there); };
+  if (dense && relative)
+    add([&](int64_t c, int64_t there) { return load_dense(c, there) + load_relative(c, there); });
+  else if (dense)
+    add(load_dense);
+  else
+    add(load_relative);
+}
+
 // One row of scores, in the panels of `found`: softcap(scores) + bias, -inf where a key is masked; their
 // maxima are joined into `peak`, and with softcap its derivative goes to `slope` where that is given.
 template <class Bias>
 FASTATTN_INLINE void constrain_row(const AttentionProblem& p, int64_t batch, int64_t head, int64_t query,
-                                   int64_t key, Panels found, float* scores, vf& peak, float* slope, Bias) {
+                                   int64_t key, Panels found, float* scores, vf& peak, float* slope,
+                                   Bias bias) {
   const Seen seen(p, batch, head, query);
-  const float* relative = p.relative ? p.relative + batch * p.relative_batch + head * p.relative_head +
-                                           relative_row(p, batch, query) + key
-                                     : nullptr;
-  for_runs(changed(p) ? found.some : found.some & ~found.all, [&](int64_t first, int64_t end) {
-    for (int64_t c = first; c < end; c += W) {
-      const int64_t there = p.k_length - key - c;
-      vf x = load(scores + c);
-      if (p.softcap != 0.0f) {  // scores are in base 2
-        const vf t = tanh(x * (kLn2 / p.softcap));
-        x = t * (p.softcap * kLog2e);
+  const auto each = [](int64_t first, int64_t end, const auto& f) {
+    for (int64_t c = first; c < end; c += W) f(c);
+  };
+  if (p.softcap != 0.0f)
+    for_runs(found.some, [&](int64_t first, int64_t end) {
+      const float inner = kLn2 / p.softcap, outer = p.softcap * kLog2e;  // scores are in base 2
+      each(first, end, [&](int64_t c) {
+        const vf t = tanh(load(scores + c) * inner);
+        store(scores + c, t * outer);
         if (slope) store(slope + c, 1.0f - t * t);
-      }
-      if (p.bias.data && there > 0)
-        x = plus_bias(x, load_scores(at<Bias>(p.bias, batch, head, query, key + c), p.bias.column, there));
-      if (relative && there > 0) x = plus_bias(x, load_as_float(relative + c, there));
-      if (!(found.all >> (c / PANEL) & 1)) x = select(seen.keep(key + c, there), x, broadcast(-kInf));
-      store(scores + c, x);
-      peak = max(x, peak);
-    }
+      });
+    });
+  if (p.bias.data || p.relative)
+    for_runs(found.some, [&](int64_t first, int64_t end) {
+      add_biases(p, batch, head, query, key, first, end, scores, bias);
+    });
+  for_runs(found.some & ~found.all, [&](int64_t first, int64_t end) {
+    each(first, end, [&](int64_t c) {
+      const vi keep = seen.keep(key + c, p.k_length - key - c);
+      store(scores + c, select(keep, load(scores + c), broadcast(-kInf)));
+    });
+  });
+  for_runs(changed(p) ? found.some : found.some & ~found.all, [&](int64_t first, int64_t end) {
+    each(first, end, [&](int64_t c) { peak = max(load(scores + c), peak); });
   });
 }
 

@@ -104,7 +104,7 @@ def test_the_raw_op_checks_sizes() -> None:
     problem = (*options, "cpu")
     out, lse = torch.ops.fastattn.attention_forward(q, kv, kv, *problem)
     with pytest.raises(RuntimeError, match="dimension 2: expected 5, got 2"):
-        torch.ops.fastattn.attention_backward(out[:, :, :2], None, q, kv, kv, out, lse, *problem)
+        torch.ops.fastattn.attention_backward(out[:, :, :2], None, q, kv, kv, out, lse, *problem, 8)
 
 
 def test_explain_names_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn import _backends
-from fastattn.ops.attention.library import WANTED, new_gradient, new_heads_last
+from fastattn.ops.attention.library import new_gradients, new_heads_last
 from fastattn.ops.attention.philox import drop_threshold
 
 
@@ -77,41 +77,17 @@ def backward(
     out: Tensor,
     lse: Tensor,
     *problem: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`fastattn::attention_backward` on CPU."""
-    dq, dk, dv = (new_heads_last(x, *x.shape) for x in (q, k, v))
-    saved = _saved(dout, dlse, q, k, v, out, lse)
-    torch.ops.fastattn_cpu.attention_backward(*saved, *_problem(*problem), dq, dk, dv)
-    return dq, dk, dv
-
-
-def parameter_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *problem: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastattn::attention_parameter_backward` on CPU."""
-    *given, wanted = problem
-    dbias, drelative, dsinks = (new_gradient(given[i], wanted & bit, lse) for i, bit in WANTED.items())
-    saved = _saved(dout, dlse, q, k, v, out, lse)
-    torch.ops.fastattn_cpu.attention_parameter_backward(
-        *saved, *_problem(*given), wanted, dbias, drelative, dsinks
-    )
-    return dbias, drelative, dsinks
-
-
-def _saved(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor | None, ...]:
     _backends.require("cpu")
+    *given, wanted = problem
+    grads = new_gradients(q, k, v, lse, given, wanted)
     dlse = None if dlse is None else dlse.contiguous()
     q, k, v, out, dout = (_unit_last(x) for x in (q, k, v, out, dout))
-    return dout, dlse, q, k, v, out, lse.contiguous()
+    torch.ops.fastattn_cpu.attention_backward(
+        dout, dlse, q, k, v, out, lse.contiguous(), *_problem(*given), wanted, *grads
+    )
+    return grads
 
 
 def _unit_last(x: Tensor) -> Tensor:

@@ -19,25 +19,24 @@ from torch.utils.flop_counter import register_flop_formula
 # The fields of `Problem`, in its order.
 _PROBLEM = (
     "Tensor? mask, Tensor? blocks, Tensor? ranges, Tensor? bias, Tensor? relative, Tensor? origin, "
-    "Tensor? sinks, Tensor? seed, int left, int right, bool bottom_right, SymInt q_start, SymInt k_start, "
-    "int block_q, int block_k, float scale, float softcap, float dropout, str backend"
+    "Tensor? sinks, Tensor? seed, SymInt left, SymInt right, bool bottom_right, SymInt q_start, "
+    "SymInt k_start, SymInt block_q, SymInt block_k, float scale, float softcap, float dropout, str backend"
 )
 _SAVED = "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse"
 torch.library.define(
     "fastattn::attention_forward",
     f"(Tensor q, Tensor k, Tensor v, {_PROBLEM}) -> (Tensor out, Tensor lse)",
 )
+# The gradients that the bits of `wanted` name, those of the problem's own tensors in float32; others empty.
 torch.library.define(
-    "fastattn::attention_backward", f"({_SAVED}, {_PROBLEM}) -> (Tensor dq, Tensor dk, Tensor dv)"
-)
-# The gradients of the problem's own tensors that the bits of `wanted` name, in float32; the others are empty.
-torch.library.define(
-    "fastattn::attention_parameter_backward",
-    f"({_SAVED}, {_PROBLEM}, int wanted) -> (Tensor dbias, Tensor drelative, Tensor dsinks)",
+    "fastattn::attention_backward",
+    f"({_SAVED}, {_PROBLEM}, int wanted) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor drelative, Tensor dsinks)",
 )
 # Where the tensors of a problem stand among an op's arguments, and the bits of `wanted`.
 _BIAS, _RELATIVE, _SINKS, _TENSORS, _DROPOUT = 3, 4, 6, 8, 17
 WANTED: Final = {_BIAS: 1, _RELATIVE: 2, _SINKS: 4}
+WANTED_QKV: Final = 8
 
 # Which module computes for which `backend`; imported when an op first runs on it.
 _KERNELS = {"cpu": "fastattn.ops.attention.cpu"}
@@ -54,15 +53,9 @@ def _forward(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.impl("fastattn::attention_backward", ("cpu", "cuda"))
-def _backward(dout: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor, Tensor] = _kernels(args[-1]).backward(dout, *args[:-1])
-    return grads
-
-
-@torch.library.impl("fastattn::attention_parameter_backward", ("cpu", "cuda"))
-def _parameter_backward(dout: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *problem, backend, wanted = args
-    grads: tuple[Tensor, Tensor, Tensor] = _kernels(backend).parameter_backward(dout, *problem, wanted)
+    grads: tuple[Tensor, ...] = _kernels(backend).backward(dout, *problem, wanted)
     return grads
 
 
@@ -84,13 +77,6 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, 
 
 @torch.library.register_fake("fastattn::attention_backward")
 def _fake_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    return tuple(new_heads_last(x, x.shape[0], x.shape[1], x.shape[2], x.shape[3]) for x in (q, k, v))
-
-
-@torch.library.register_fake("fastattn::attention_parameter_backward")
-def _fake_parameter_backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -100,12 +86,24 @@ def _fake_parameter_backward(
     lse: Tensor,
     *problem: Any,
 ) -> tuple[Tensor, ...]:
-    return tuple(new_gradient(problem[i], problem[-1] & bit, lse) for i, bit in WANTED.items())
+    return new_gradients(q, k, v, lse, problem, problem[-1])
 
 
-def new_gradient(of: Tensor | None, wanted: int, like: Tensor) -> Tensor:
-    """Uninitialised float32 of the shape of `of`, in contiguous memory; empty where it is not wanted."""
-    return like.new_empty(of.shape if of is not None and wanted else (0,), dtype=torch.float32)
+def new_gradients(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, problem: Sequence[Any], wanted: int
+) -> tuple[Tensor, ...]:
+    """What the backward op returns, uninitialised."""
+    qkv = (
+        new_heads_last(x, x.shape[0], x.shape[1], x.shape[2], x.shape[3])
+        if wanted & WANTED_QKV
+        else x.new_empty((0,))
+        for x in (q, k, v)
+    )
+    own = (
+        lse.new_empty(problem[i].shape if wanted & bit else (0,), dtype=torch.float32)
+        for i, bit in WANTED.items()
+    )
+    return (*qkv, *own)
 
 
 def _attention_flops(
@@ -125,14 +123,9 @@ def _forward_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **
 def _backward_flops(
     dout: Any, dlse: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
-    return _attention_flops(5, q, k, v)
-
-
-@register_flop_formula(torch.ops.fastattn.attention_parameter_backward)
-def _parameter_backward_flops(
-    dout: Any, dlse: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    return _attention_flops(2 if args[-1] & (WANTED[_BIAS] | WANTED[_RELATIVE]) else 0, q, k, v)
+    wanted = args[-1]
+    of_biases = 2 if wanted & (WANTED[_BIAS] | WANTED[_RELATIVE]) else 0
+    return _attention_flops((5 if wanted & WANTED_QKV else 0) + of_biases, q, k, v)
 
 
 class Attention(torch.autograd.Function):
@@ -199,15 +192,15 @@ class Attention(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        problem = (dout, dlse, q, k, v, out, lse, *tensors, *ctx.options)
-        grads: list[Tensor | None] = [None] * (3 + _TENSORS + len(ctx.options))
-        if any(ctx.needs_input_grad[:3]):
-            grads[:3] = gradient(torch.ops.fastattn.attention_backward, problem)
         wanted = sum(bit for i, bit in WANTED.items() if ctx.needs_input_grad[3 + i])
-        if wanted:
-            found = gradient(torch.ops.fastattn.attention_parameter_backward, (*problem, wanted))
-            for (i, bit), grad in zip(WANTED.items(), found, strict=True):
-                grads[3 + i] = grad.to(tensors[i].dtype) if wanted & bit else None
+        if any(ctx.needs_input_grad[:3]):
+            wanted += WANTED_QKV
+        found = gradient(dout, dlse, q, k, v, out, lse, *tensors, *ctx.options, wanted)
+        grads: list[Tensor | None] = [None] * (3 + _TENSORS + len(ctx.options))
+        if wanted & WANTED_QKV:
+            grads[:3] = found[:3]
+        for (i, bit), grad in zip(WANTED.items(), found[3:], strict=True):
+            grads[3 + i] = grad.to(tensors[i].dtype) if wanted & bit else None
         return tuple(grads)
 
     @staticmethod
@@ -230,11 +223,11 @@ def attention(*args: Any) -> Any:
 
 
 class Gradient(torch.autograd.Function):
-    """A backward op, which has no derivative: taking one raises, where it would be 0 unnoticed."""
+    """The backward op, which has no derivative: taking one raises, where it would be 0 unnoticed."""
 
     @staticmethod
-    def forward(op: Any, *problem: Any) -> Any:
-        return op(*problem)
+    def forward(*problem: Any) -> Any:
+        return torch.ops.fastattn.attention_backward(*problem)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -247,33 +240,32 @@ class Gradient(torch.autograd.Function):
         )
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], op: Any, *problem: Any) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *problem: Any) -> tuple[Any, Any]:
         """Fold the mapped axis into the batch."""
-        fold = _Fold(info.batch_size, problem[2], in_dims[3], dropout=problem[7 + _DROPOUT])
-        some = 7 + _TENSORS
-        own = op is torch.ops.fastattn.attention_parameter_backward
+        fold = _Fold(info.batch_size, problem[2], in_dims[2], dropout=problem[7 + _DROPOUT])
+        some, wanted = 7 + _TENSORS, problem[-1]
         # A bias shared by the samples of a batch still has a gradient for each mapped one.
-        alone = [7 + i for i in WANTED] if own else []
+        alone = [7 + i for i, bit in WANTED.items() if wanted & bit]
         broadcast = [i for i in range(7, some) if i not in alone]
-        found = Gradient.apply(op, *fold.tensors(problem[:some], in_dims[1:], broadcast), *problem[some:])
-        if not own:
-            return tuple(fold.undo(x) for x in found), (0, 0, 0)
-        grads = []
-        for (i, bit), grad in zip(WANTED.items(), found, strict=True):
-            if not problem[-1] & bit:
+        found = Gradient.apply(*fold.tensors(problem[:some], in_dims, broadcast), *problem[some:])
+        grads = [fold.undo(x) if wanted & WANTED_QKV else x.new_empty((fold.size, 0)) for x in found[:3]]
+        for (i, bit), grad in zip(WANTED.items(), found[3:], strict=True):
+            if not wanted & bit:
                 grads.append(grad.new_empty((fold.size, 0)))
                 continue
-            given, dim = problem[7 + i], in_dims[8 + i]
+            given, dim = problem[7 + i], in_dims[7 + i]
             shared = (given if dim is None else given.select(dim, 0)).shape[0] == 1
             each = fold.undo(grad)
             grads.append(each.sum(1, keepdim=True) if shared and fold.batch > 1 else each)
-        return tuple(grads), (0, 0, 0)
+        return tuple(grads), (0,) * len(grads)
 
 
-def gradient(op: Any, problem: tuple[Any, ...]) -> Any:
-    """A backward op's results, which refuse to be differentiated again."""
+def gradient(*problem: Any) -> Any:
+    """The backward op's results, which refuse to be differentiated again."""
     # Compiled graphs have no second derivative, and say so.
-    return op(*problem) if torch.compiler.is_compiling() else Gradient.apply(op, *problem)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastattn.attention_backward(*problem)
+    return Gradient.apply(*problem)
 
 
 class _Fold:
