@@ -103,17 +103,24 @@ Panels panels(const AttentionProblem& p, int64_t batch, int64_t head, int64_t qu
   if (any.first >= any.end) return {0, 0};
   const Range every{band(p, query + rows - 1).first, band(p, query).end};
   const bool plain = !p.ranges.data && !p.blocks.data && !p.mask.data;
+  const Range block_rows =
+      p.blocks.data ? Range{query / p.block_q, (query + rows - 1) / p.block_q + 1} : Range{};
+  Range columns{0, 0};  // of blocks, that the last panel was in
+  Cover in_blocks = Cover::kAll;
   Panels found{0, 0};
   for (int64_t i = (any.first - key) / PANEL; key + i * PANEL < any.end; ++i) {
     const Range panel{key + i * PANEL, key + (i + 1) * PANEL};
     Cover cover = every.first <= panel.first && panel.end <= every.end ? Cover::kAll : Cover::kSome;
     if (!plain) {
       const Range there = meet(panel, {0, p.k_length});
-      if (p.ranges.data) cover = both(cover, ranges_cover(p, batch, query, rows, panel));
-      if (p.blocks.data && cover != Cover::kNone)
-        cover = both(
-            cover, bytes_cover(p.blocks, batch, head, {query / p.block_q, (query + rows - 1) / p.block_q + 1},
-                               {there.first / p.block_k, (there.end - 1) / p.block_k + 1}));
+      if (p.blocks.data) {
+        const Range now{there.first / p.block_k, (there.end - 1) / p.block_k + 1};
+        if (now.first != columns.first || now.end != columns.end)
+          columns = now, in_blocks = bytes_cover(p.blocks, batch, head, block_rows, columns);
+        cover = both(cover, in_blocks);
+      }
+      if (p.ranges.data && cover != Cover::kNone)
+        cover = both(cover, ranges_cover(p, batch, query, rows, panel));
       if (p.mask.data && cover != Cover::kNone)
         cover = both(cover, bytes_cover(p.mask, batch, head, {query, query + rows}, there));
     }
