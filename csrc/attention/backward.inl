@@ -144,6 +144,12 @@ bool compute_tile(const AttentionProblem& p, const AttentionGradients& g, const 
   for (int64_t r = 0; r < kQueryBlock; ++r) {
     t.log2_sum[r] = r < rows ? g.log2_sum[base + r] : kInf;
     t.delta[r] = r < rows ? g.delta[base + r] : 0.0f;
+    if (r < rows && t.log2_sum[r] == kInf) {
+      // A row with nothing to attend to is zeros, whatever is in its memory: its products with 0 reach all
+      // keys.
+      for (int64_t d = 0; d < p.qk_dim; d += PANEL) memset(t.q + d * kQueryBlock + r * PANEL, 0, PANEL * 4);
+      for (int64_t d = 0; d < p.v_dim; d += PANEL) memset(t.dout + d * kQueryBlock + r * PANEL, 0, PANEL * 4);
+    }
   }
 
   const int64_t width = round_up(b.padded, ROWS);

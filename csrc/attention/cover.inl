@@ -15,11 +15,14 @@ FASTATTN_INLINE const T* at(const Scores& x, int64_t batch, int64_t head, int64_
   return static_cast<const T*>(x.data) + batch * x.batch + head * x.head + query * x.row + key * x.column;
 }
 
-// Keys from first to before end; none where end <= first.
+// Keys from first to before end; none: both 0.
 struct Range {
   int64_t first, end;
 };
-FASTATTN_INLINE Range meet(Range a, Range b) { return {max(a.first, b.first), min(a.end, b.end)}; }
+FASTATTN_INLINE Range meet(Range a, Range b) {
+  const Range both{max(a.first, b.first), min(a.end, b.end)};
+  return both.first < both.end ? both : Range{0, 0};
+}
 
 // What the band leaves a query; neither end decreases with `query`.
 FASTATTN_INLINE Range band(const AttentionProblem& p, int64_t query) {
@@ -35,7 +38,7 @@ FASTATTN_INLINE Range pair(const Ranges& x, int64_t batch, int64_t i, int64_t qu
 
 // The keys from the first to the last that any of `rows` queries sees by band and ranges.
 Range seen(const AttentionProblem& p, int64_t batch, int64_t query, int64_t rows) {
-  const Range all{band(p, query).first, band(p, query + rows - 1).end};
+  const Range all = meet({band(p, query).first, band(p, query + rows - 1).end}, {0, p.k_length});
   if (!p.ranges.data) return all;
   Range any{p.k_length, 0};
   if (p.ranges.row == 0) rows = 1;

@@ -42,8 +42,9 @@ FASTATTN_INLINE void find_rows(const AttentionCache& cache, const Rows& x, int64
     for (const int64_t stop = min(seen.end, (column + 1) * cache.page_size); at < stop; ++at, row += x.row)
       found[at - key] = row;
   }
-  for (int64_t i = 0; i < kChunk; ++i)
-    if (key + i < seen.first || key + i >= seen.end) found[i] = found[seen.first - key];
+  const T* const any = found[seen.first - key];
+  for (int64_t i = 0; i < seen.first - key; ++i) found[i] = any;
+  for (int64_t i = seen.end - key; i < kChunk; ++i) found[i] = any;
 }
 
 FASTATTN_INLINE void prefetch(const void* row, int64_t bytes) {
@@ -86,22 +87,24 @@ FASTATTN_INLINE vf dots(const float* q, const float* const* k, int64_t dim) {
   return acc[0];
 }
 
-// out[dim] = decay · out + weights[count] · v[count][dim].
+// out[dim] = decay · out + weights[count] · v[count][dim], count even; two sums, as one would wait for
+// itself.
 FASTATTN_INLINE void weigh(const float* weights, const float* const* v, int64_t count, int64_t dim,
                            float decay, float* out) {
   const auto columns = [&](int64_t d, auto vectors, int64_t n) {
     constexpr int N = decltype(vectors)::value;
-    vf acc[N];
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) acc[i] = load(out + d + i * W) * decay;
-    for (int64_t j = 0; j < count; ++j) {
+    vf even[N], odd[N] = {};
+    const auto add = [&](vf(&sum)[N], int64_t j) {
       const vf x = broadcast(weights[j]);
 #pragma GCC unroll 4
       for (int i = 0; i < N; ++i)
-        acc[i] += x * (n >= N * W ? load(v[j] + d + i * W) : load_as_float(v[j] + d, n));
-    }
+        sum[i] += x * (n >= N * W ? load(v[j] + d + i * W) : load_as_float(v[j] + d, n));
+    };
 #pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) store(out + d + i * W, acc[i]);
+    for (int i = 0; i < N; ++i) even[i] = load(out + d + i * W) * decay;
+    for (int64_t j = 0; j < count; j += 2) add(even, j), add(odd, j + 1);
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) store(out + d + i * W, even[i] + odd[i]);
   };
   int64_t d = 0;
   for (; d + 4 * W <= dim; d += 4 * W) columns(d, std::integral_constant<int, 4>{}, dim - d);
@@ -136,72 +139,76 @@ void decode(const AttentionProblem& p, const AttentionCache& cache, int64_t batc
   }
 
   const Range needed = meet(seen(p, batch, 0, p.q_length), {split * kSplit, (split + 1) * kSplit});
-  const float *k[kChunk], *v[kChunk];
-  const void *soon_k[kChunk], *soon_v[kChunk];  // fetched while the scores are computed
-  int64_t k_bytes = 0, v_bytes = 0;
-  for (int64_t key = needed.first / kChunk * kChunk; key < needed.end; key += kChunk) {
-    const Range chunk = meet(needed, {key, key + kChunk}), next = meet(needed, {chunk.end, key + 2 * kChunk});
-    with_cache_dtype(cache.dtype, [&](auto type) {
-      using T = decltype(type);
-      const T *stored_k[kChunk], *stored_v[kChunk];
-      k_bytes = p.qk_dim * static_cast<int64_t>(sizeof(T)),
-      v_bytes = p.v_dim * static_cast<int64_t>(sizeof(T));
-      find_rows(cache, p.k, batch, kv_head, key, chunk, stored_k);
-      find_rows(cache, p.v, batch, kv_head, key, chunk, stored_v);
-      if constexpr (std::is_same_v<T, float>) {
-        memcpy(k, stored_k, sizeof k);
-        memcpy(v, stored_v, sizeof v);
+  with_cache_dtype(cache.dtype, [&](auto type) {
+    using T = decltype(type);
+    constexpr bool wide = std::is_same_v<T, float>;
+    const int64_t k_bytes = p.qk_dim * static_cast<int64_t>(sizeof(T)),
+                  v_bytes = p.v_dim * static_cast<int64_t>(sizeof(T));
+    const T *stored_k[2][kChunk], *stored_v[2][kChunk];  // of this chunk and the next
+    const float *widened_k[kChunk], *widened_v[kChunk];
+    const auto find = [&](int64_t key) {
+      const Range chunk = meet(needed, {key, key + kChunk});
+      find_rows(cache, p.k, batch, kv_head, key, chunk, stored_k[key / kChunk % 2]);
+      find_rows(cache, p.v, batch, kv_head, key, chunk, stored_v[key / kChunk % 2]);
+    };
+    const int64_t first = needed.first / kChunk * kChunk;
+    if (first < needed.end) find(first);
+    for (int64_t key = first; key < needed.end; key += kChunk) {
+      const Range chunk = meet(needed, {key, key + kChunk});
+      const bool more = key + kChunk < needed.end;
+      if (more) find(key + kChunk);
+      const int64_t now = key / kChunk % 2, soon = more ? 1 - now : now;
+      const float *const *k = widened_k, *const *v = widened_v;
+      if constexpr (wide) {
+        k = stored_k[now], v = stored_v[now];
       } else {
-        widen_rows(stored_k, p.qk_dim, wide_k, k);
-        widen_rows(stored_v, p.v_dim, wide_v, v);
+        widen_rows(stored_k[now], p.qk_dim, wide_k, widened_k);
+        widen_rows(stored_v[now], p.v_dim, wide_v, widened_v);
       }
-      if (next.first < next.end) {
-        find_rows(cache, p.k, batch, kv_head, key + kChunk, next, stored_k);
-        if (!std::is_same_v<T, float>) find_rows(cache, p.v, batch, kv_head, key + kChunk, next, stored_v);
-      }
-      memcpy(soon_k, stored_k, sizeof soon_k);
-      memcpy(soon_v, stored_v, sizeof soon_v);
-    });
-    for (int64_t c = 0; c < kChunk; c += W) {
-      if (key + c + W <= chunk.first || key + c >= chunk.end) continue;
-      for (int i = 0; i < W; ++i) prefetch(soon_k[c + i], k_bytes), prefetch(soon_v[c + i], v_bytes);
-      for (int64_t r = 0; r < rows; ++r)
-        store(weights + r * kChunk + c, dots(q + r * q_stride, k + c, p.qk_dim));
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t head = head_of(r), query = r % p.q_length;
-      float *row_weights = weights + r * kChunk, *out = partial(r), &m = out[v_stride],
-            &l = out[v_stride + 1];
-      const Panels found = panels(p, batch, head, query, 1, key, kChunk);
-      if (!found.some) continue;
-      vf peak = broadcast(-kInf);
-      if (changed(p) || found.some != found.all)
-        with_dtype(p.bias.data ? p.bias_dtype : Dtype::kFloat32, [&](auto bias) {
-          constrain_row(p, batch, head, query, key, found, row_weights, peak, nullptr, bias);
-        });
-      for_runs(found.some, [&](int64_t c, int64_t end) {
-        for (; c < end; c += W) peak = max(load(row_weights + c), peak);
-      });
-      float top = m;
-      for (int i = 0; i < W; ++i) top = peak[i] > top ? peak[i] : top;
-      const float shift = top == -kInf ? 0.0f : top, decay = exp2(broadcast(m - shift))[0];
-      vf sum{};
-      for_runs(found.some, [&](int64_t c, int64_t end) {
-        for (; c < end; c += W) {
-          const vf x = exp2(load(row_weights + c) - shift);
-          sum += x;
-          store(row_weights + c, x);
+      for (int64_t c = 0; c < kChunk; c += W) {
+        if (key + c + W <= chunk.first || key + c >= chunk.end) continue;
+        for (int i = 0; i < W; ++i) {
+          prefetch(stored_k[soon][c + i], k_bytes);
+          prefetch(stored_v[wide ? now : soon][c + i], v_bytes);
         }
-      });
-      m = top;
-      l = l * decay + horizontal_sum(sum);
-      float next = decay;
-      for_runs(found.some, [&](int64_t c, int64_t end) {
-        weigh(row_weights + c, v + c, end - c, p.v_dim, next, out);
-        next = 1.0f;
-      });
+        for (int64_t r = 0; r < rows; ++r)
+          store(weights + r * kChunk + c, dots(q + r * q_stride, k + c, p.qk_dim));
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t head = head_of(r), query = r % p.q_length;
+        float *row_weights = weights + r * kChunk, *out = partial(r), &m = out[v_stride],
+              &l = out[v_stride + 1];
+        const Panels found = panels(p, batch, head, query, 1, key, kChunk);
+        if (!found.some) continue;
+        vf peak = broadcast(-kInf);
+        if (changed(p) || found.some != found.all)
+          with_dtype(p.bias.data ? p.bias_dtype : Dtype::kFloat32, [&](auto bias) {
+            constrain_row(p, batch, head, query, key, found, row_weights, peak, nullptr, bias);
+          });
+        for_runs(found.some, [&](int64_t c, int64_t end) {
+          for (; c < end; c += W) peak = max(load(row_weights + c), peak);
+        });
+        float top = m;
+        for (int i = 0; i < W; ++i) top = peak[i] > top ? peak[i] : top;
+        const float shift = top == -kInf ? 0.0f : top, decay = exp2(broadcast(m - shift))[0];
+        vf sum{};
+        for_runs(found.some, [&](int64_t c, int64_t end) {
+          for (; c < end; c += W) {
+            const vf x = exp2(load(row_weights + c) - shift);
+            sum += x;
+            store(row_weights + c, x);
+          }
+        });
+        m = top;
+        l = l * decay + horizontal_sum(sum);
+        float next = decay;
+        for_runs(found.some, [&](int64_t c, int64_t end) {
+          weigh(row_weights + c, v + c, end - c, p.v_dim, next, out);
+          next = 1.0f;
+        });
+      }
     }
-  }
+  });
 }
 
 void decode_merge(const AttentionProblem& p, const AttentionCache& cache, int64_t batch, int64_t head) {
