@@ -80,7 +80,7 @@ class Case:
         assert torch.equal(self.lengths, before)
         q, (k, v) = self.q, self.new
         if rotary is not None:
-            start = self.lengths.long() - (0 if leftpad is None else leftpad.long())
+            start = self.lengths.long()
             together = not options.get("causal") and options.get("window_size", (-1, -1)) == (-1, -1)
             own = torch.zeros(q.shape[1]) if together else torch.arange(q.shape[1])
             q = oracle.rotated(q, *rotary[:2], start[:, None] + own.long(), rotary[2])

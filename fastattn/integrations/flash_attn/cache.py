@@ -101,8 +101,8 @@ def flash_attn_with_kvcache(
         v_cache: as k_cache.
         k: ``(batch_size, seqlen_new, nheads_k, headdim)``, appended at cache_seqlens; None for nothing.
         v: as k.
-        rotary_cos: ``(seqlen_ro, rotary_dim / 2)``, any rotary_dim: k is rotated by its position, counted
-            behind the left padding. With `causal` or a window the queries are at the positions from
+        rotary_cos: ``(seqlen_ro, rotary_dim / 2)``, any rotary_dim: k is rotated by its slot in the cache,
+            which counts the left padding too. With `causal` or a window the queries are at the positions from
             cache_seqlens on; without, all of them are at cache_seqlens. Needs `k`.
         rotary_sin: as rotary_cos.
         cache_seqlens: keys in the cache before `k`: an int, or int32 ``(batch_size,)``; all of it if None. It
@@ -187,9 +187,8 @@ def kvcache_call(
             raise ValueError(
                 "rotary_cos: expected with new keys k, got k=None; for q alone there is apply_rotary_emb"
             )
-        # Behind the left padding; fastattn's own positions in a cache are those of its slots.
-        start = cache.lengths if where.cache_leftpad is None else cache.lengths - where.cache_leftpad
-        tables: dict[str, Any] = {"interleaved": turn.rotary_interleaved, "start": start}
+        # Positions are the slots of the cache, left padding among them.
+        tables: dict[str, Any] = {"interleaved": turn.rotary_interleaved, "start": cache.lengths}
         k = rotary(k, turn.rotary_cos, turn.rotary_sin, **tables)
         # Without a mask flash-attn has all queries at one position: they take the place of heads.
         together = not any(mask.clauses)
