@@ -52,6 +52,7 @@ def cases() -> dict[str, dict[str, Any]]:
         "dense": {"mask": keep, "bias": random(BATCH, 1, LENGTH, LENGTH)},
         "row-of-dense": {"mask": keep[:, :, :1], "bias": random(1, HEADS, 1, LENGTH)},
         "softcap-sinks": {"softcap": 0.7, "sinks": random(HEADS), "mask": keep},
+        "sinks-off": {"sinks": torch.tensor([0.5, float("-inf"), 0.0, float("-inf")]).double()},
         "relative": {
             "bias": fastattn.relative_position(random(8, HEADS), max_distance=10) + random(1, 1, 1, LENGTH)
         },

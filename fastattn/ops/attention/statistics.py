@@ -330,7 +330,9 @@ def _statistics(
             surprise = (lse - scores).masked_fill(probs == 0, 0.0)
             entropy = (probs * surprise).sum(-1)
             if sink is not None:
-                entropy = entropy + (torch.exp(sink - lse) * (lse - sink)).squeeze(-1)
+                # A sink of -inf has no probability: 0 · inf neither here nor in the gradients.
+                surprise = (lse - sink).masked_fill(sink == float("-inf"), 0.0)
+                entropy = entropy + (torch.exp(sink - lse) * surprise).squeeze(-1)
             found.append(entropy)
         elif name == "top_k_values":
             assert top_k is not None
