@@ -300,6 +300,17 @@ def test_what_would_have_to_be_ignored_is_refused(options, message):
         attention_forward(Layer(), *qkv(), None, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_documents_that_a_tensor_mask_need_not_hold_are_refused(dtype):
+    mask, numbers = torch.ones(1, 1, 5, 5, dtype=dtype), torch.tensor([[0, 0, 1, 1, 1]])
+    with pytest.raises(NotImplementedError, match="seq_idx"):
+        attention_forward(Layer(), *qkv(), mask, seq_idx=numbers)
+    bounds = torch.tensor([0, 2, 5])
+    flash = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    found, _ = attention_forward(Layer(), *qkv(), mask, seq_idx=numbers, **flash)
+    assert found.shape == (1, 5, 4, 8)
+
+
 def test_what_does_not_concern_attention_is_not_refused():
     options = {"position_ids": torch.arange(5), "num_items_in_batch": torch.tensor(3), "use_cache": True}
     options |= {

@@ -282,6 +282,54 @@ def test_it_stands_for_its_tensor_where_a_model_works_on_it():
         _ = compact.no_such_thing
 
 
+def test_operators_and_dtypes_act_on_its_tensor():
+    keep = padding("left")
+    options = {"batch_size": 2, "q_length": LENGTH, "kv_length": LENGTH, "attention_mask": keep}
+    compact, tensor = attention_mask(**options), sdpa_mask(**options)
+    other = torch.rand(LENGTH, LENGTH) > 0.5
+    for act in (
+        lambda x: ~x,
+        lambda x: x == other,
+        lambda x: x == compact,
+        lambda x: x != other,
+        lambda x: other != x,
+        lambda x: x & other,
+        lambda x: other & x,
+        lambda x: True & x,
+        lambda x: x | other,
+        lambda x: x ^ other,
+        lambda x: x * 2.0,
+        lambda x: 2.0 * x,
+        lambda x: x + 1,
+        lambda x: 1 + x,
+        lambda x: x.to(torch.float16),
+        lambda x: x.to(dtype=torch.float64),
+        lambda x: x.to("cpu", torch.int32),
+        lambda x: x.to(torch.zeros(1)),
+        len,
+    ):
+        found, expected = act(compact), act(tensor)
+        assert type(found) is type(expected)
+        assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+    assert isinstance(compact.to(torch.bool), CompactMask)
+    assert isinstance(compact.to("cpu", non_blocking=True), CompactMask)
+    assert compact in {compact: 1}
+    for act in (lambda x: 1 - x, lambda x: x - 1):
+        with pytest.raises(RuntimeError, match="bool tensor"):
+            act(compact)
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 0, 1], [0, 0, 1, 0], [1, 1, 0, 0]], ids=str)
+def test_documents_that_come_back_are_the_tensor_they_were(numbers):
+    ids = torch.tensor([numbers])
+    function = masking_utils.packed_sequence_mask_function(ids)
+    options = {"batch_size": 1, "q_length": 4, "kv_length": 4, "allow_is_causal_skip": False}
+    for pattern in (function, and_masks(PATTERNS["causal"], function)):
+        found = attention_mask(**options, mask_function=pattern)
+        expected = sdpa_mask(**options, mask_function=pattern)
+        assert torch.equal(found.to_tensor() if isinstance(found, CompactMask) else found, expected)
+
+
 def test_it_is_taken_along_to_another_device():
     options = {
         "batch_size": 2,

@@ -204,6 +204,20 @@ def test_cu_seq_lens_alone_keep_documents_apart():
     assert torch.allclose(window, fastattn.attention(q, k, v, mask=mask).transpose(1, 2), atol=1e-6)
 
 
+def test_one_document_shorter_than_the_sequence_is_not_dropped():
+    q, k, v = qkv()
+    bounds = torch.tensor([0, 7], dtype=torch.int32)
+    found, _ = attention_forward(Layer(), q, k, v, None, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
+    alone, _ = attention_forward(Layer(), *(x[:, :, :7] for x in (q, k, v)), None)
+    assert torch.allclose(found[:, :7], alone, atol=1e-6)
+    assert (found[:, 7:] == 0).all()
+    bidirectional, _ = attention_forward(
+        Layer(), q, k, v, None, is_causal=False, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds
+    )
+    alone, _ = attention_forward(Layer(), *(x[:, :, :7] for x in (q, k, v)), None, is_causal=False)
+    assert torch.allclose(bidirectional[:, :7], alone, atol=1e-6)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("name", MODELS)

@@ -164,7 +164,7 @@ def _options(
     options = {"softcap": kwargs.pop("softcap", None), "sinks": kwargs.pop("s_aux", None)}
     mask: Mask | None = None
     if isinstance(attention_mask, CompactMask):
-        moved = attention_mask.to(query.device)
+        moved = attention_mask.on(query.device)
         mask = moved.mask
         options |= {"q_start": moved.q_start, "k_start": moved.k_start}
     elif attention_mask is not None:
@@ -180,9 +180,8 @@ def _options(
     packed = mask is not None and mask.documents is not None
     if not packed:
         mask = _by_cu_seqlens(mask, *cu_seqlens)
-    # A tensor that says which of the packed documents a token is of: where they are, masks hold it as well.
-    in_mask = packed or isinstance(attention_mask, Tensor) or cu_seqlens[0] is not None
-    _refuse_unknown(kwargs, in_mask)
+    # What seq_idx says, which of the packed documents a token is of, the mask has to hold already.
+    _refuse_unknown(kwargs, packed or cu_seqlens[0] is not None)
     return {"mask": mask, "bias": bias, **options}
 
 
@@ -206,12 +205,10 @@ def _without_mask(
 
 
 def _by_cu_seqlens(mask: Mask | None, cu_q: Tensor | None, cu_k: Tensor | None) -> Mask | None:
-    """`mask`, and documents kept apart where these bounds are of more than one."""
+    """`mask`, and the documents of these bounds kept apart; tokens behind the last attend to nothing."""
     if cu_q is None or cu_k is None:
         if cu_q is not cu_k:
             raise ValueError("cu_seq_lens_q, cu_seq_lens_k: expected both or none, got one")
-        return mask
-    if cu_q.shape[0] <= 2:
         return mask
     packed = documents(cu_q, cu_k)
     return packed if mask is None else mask & packed

@@ -16,6 +16,7 @@ from fastattn.integrations.transformers.symbols import Atom, Band, Chunk, Same, 
 from fastattn.ops.attention.masks import Mask, as_mask, chunked, documents, key_padding, sliding_window
 
 _UNLIKE = "expected documents to begin where position_ids do not go on counting by one"
+_RETURNS = "expected numbers of packed documents that do not decrease"
 _SHIFTED = "expected chunks that count from the first token where there is no attention_mask"
 
 
@@ -24,7 +25,8 @@ class CompactMask:
     """What stands for transformers' ``[B, 1, L_q, L_k]`` mask in memory that grows with L_q + L_k alone.
 
     It goes from a model's mask function through its layers to `attention_forward`. Model code that does
-    anything else with its mask than hand it on (cuts it, joins another) gets the tensor it stands for.
+    anything else with its mask than hand it on (cuts it, inverts it, compares it, joins another, converts it
+    to another dtype) gets the tensor it stands for.
 
     Attributes:
         mask: see `fastattn.Mask`.
@@ -52,7 +54,22 @@ class CompactMask:
     def contiguous(self) -> CompactMask:
         return self
 
-    def to(self, device: torch.device | str, **_: Any) -> CompactMask:
+    def to(self, *args: Any, **kwargs: Any) -> CompactMask | Tensor:
+        """As `torch.Tensor.to`: itself on another device, the tensor where another dtype is asked for."""
+        device, dtype = kwargs.get("device"), kwargs.get("dtype")
+        for given in (*args, kwargs.get("other")):
+            if isinstance(given, Tensor):
+                device, dtype = given.device, given.dtype
+            elif isinstance(given, torch.dtype):
+                dtype = given
+            elif isinstance(given, (torch.device, str)):
+                device = given
+        if dtype not in (None, torch.bool):
+            return self.to_tensor().to(*args, **kwargs)
+        return self if device is None else self.on(device)
+
+    def on(self, device: torch.device | str) -> CompactMask:
+        """The same on `device`."""
         q_start = self.q_start.to(device) if isinstance(self.q_start, Tensor) else self.q_start
         return replace(self, mask=self.mask.to(device), device=device, q_start=q_start)
 
@@ -79,12 +96,50 @@ class CompactMask:
     def __getitem__(self, index: Any) -> Tensor:
         return self.to_tensor()[index]
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __eq__(self, other: object) -> Any:
+        return self.to_tensor() == _tensor(other)
+
+    def __ne__(self, other: object) -> Any:
+        return self.to_tensor() != _tensor(other)
+
+    __hash__ = object.__hash__  # as a tensor: by what it is, not by what is in it
+
+    def __invert__(self) -> Tensor:
+        return ~self.to_tensor()
+
+    def __and__(self, other: object) -> Any:
+        return self.to_tensor() & _tensor(other)
+
+    def __or__(self, other: object) -> Any:
+        return self.to_tensor() | _tensor(other)
+
+    def __xor__(self, other: object) -> Any:
+        return self.to_tensor() ^ _tensor(other)
+
+    def __add__(self, other: object) -> Any:
+        return self.to_tensor() + _tensor(other)
+
+    def __sub__(self, other: object) -> Any:
+        return self.to_tensor() - _tensor(other)
+
+    def __mul__(self, other: object) -> Any:
+        return self.to_tensor() * _tensor(other)
+
+    def __rsub__(self, other: object) -> Any:
+        return _tensor(other) - self.to_tensor()
+
+    __rand__, __ror__, __rxor__, __radd__, __rmul__ = __and__, __or__, __xor__, __add__, __mul__
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def tensor(x: Any) -> Any:
-            return x.to_tensor() if isinstance(x, CompactMask) else x
+        return func(*tree_map(_tensor, args), **tree_map(_tensor, kwargs or {}))
 
-        return func(*tree_map(tensor, args), **tree_map(tensor, kwargs or {}))
+
+def _tensor(x: Any) -> Any:
+    return x.to_tensor() if isinstance(x, CompactMask) else x
 
 
 class _Place(NamedTuple):
@@ -221,6 +276,9 @@ def _packed(atoms: tuple[Atom, ...], packing: list[Tensor], place: _Place) -> Ma
     if len(packing) > 1 or not place.whole or any(ids is not counted for ids in positions):
         return None
     if numbers.shape[1] != place.q_length:
+        return None
+    # A number that comes back is of one document in several places, which bounds can't say.
+    if not _holds(numbers.diff(dim=-1) >= 0, True, _RETURNS):
         return None
     index = torch.arange(place.q_length, device=numbers.device)[None]
     if counted is None:
