@@ -26,7 +26,8 @@ int64_t query_rows(const AttentionProblem& p) { return p.heads / p.kv_heads * p.
 
 size_t decode_scratch(const AttentionProblem& p) {
   const int64_t stored = kChunk * (round_up(p.qk_dim, W) + round_up(p.v_dim, W));
-  return static_cast<size_t>((query_rows(p) * (round_up(p.qk_dim, W) + kChunk) + stored) * 4 + 5 * 64);
+  return static_cast<size_t>(
+      (query_rows(p) * (round_up(p.qk_dim, W) + kChunk) + stored + 4 * p.q_length) * 4 + 6 * 64);
 }
 
 // Where the kChunk keys from `key` lie, of which those in `seen` are seen by a query. The others are not
@@ -79,12 +80,7 @@ FASTATTN_INLINE vf dots(const float* q, const float* const* k, int64_t dim) {
   int64_t d = 0;
   for (; d + 4 * W <= dim; d += 4 * W) add(d, std::integral_constant<int, 4>{}, dim - d);
   for (; d < dim; d += W) add(d, std::integral_constant<int, 1>{}, dim - d);
-  transpose(acc);
-#pragma GCC unroll 4
-  for (int n = W / 2; n > 0; n /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) acc[i] += acc[i + n];
-  return acc[0];
+  return join_lanes(acc, [](vf a, vf b) { return a + b; });
 }
 
 // out[dim] = decay · out + weights[count] · v[count][dim], count even; two sums, as one would wait for
@@ -120,6 +116,7 @@ void decode(const AttentionProblem& p, const AttentionCache& cache, int64_t batc
   float* weights = space.floats(rows * kChunk);
   float* wide_k = space.floats(kChunk * q_stride);
   float* wide_v = space.floats(kChunk * round_up(p.v_dim, W));
+  Panels* found_of = reinterpret_cast<Panels*>(space.floats(4 * p.q_length));
   const auto head_of = [&](int64_t r) { return first_head + r / p.q_length; };
   const auto partial = [&](int64_t r) {
     const int64_t at = ((batch * p.heads + head_of(r)) * p.q_length + r % p.q_length) * cache.splits + split;
@@ -178,7 +175,10 @@ void decode(const AttentionProblem& p, const AttentionCache& cache, int64_t batc
         const int64_t head = head_of(r), query = r % p.q_length;
         float *row_weights = weights + r * kChunk, *out = partial(r), &m = out[v_stride],
               &l = out[v_stride + 1];
-        const Panels found = panels(p, batch, head, query, 1, key, kChunk);
+        // Heads differ in blocks and mask alone.
+        if (r < p.q_length || p.blocks.data || p.mask.data)
+          found_of[query] = panels(p, batch, head, query, 1, key, kChunk);
+        const Panels found = found_of[query];
         if (!found.some) continue;
         vf peak = broadcast(-kInf);
         if (changed(p) || found.some != found.all)

@@ -16,19 +16,14 @@ size_t forward_scratch(const AttentionProblem& p, int64_t rows) {
 
 constexpr int ROWS_UP = (ROWS + W - 1) / W * W;
 
-// out[i] = the lanes of rows[i] joined by `join`: a transpose makes it a sum of vectors, all rows at once.
+// out[i] = the lanes of rows[i] joined.
 template <class Join>
 FASTATTN_INLINE void reduce_rows(const vf (&rows)[ROWS_UP], float (&out)[ROWS_UP], const Join& join) {
   for (int first = 0; first < ROWS; first += W) {
-    vf tile[W];
+    vf some[W];
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) tile[i] = rows[first + i];
-    transpose(tile);
-#pragma GCC unroll 4
-    for (int n = W / 2; n > 0; n /= 2)
-#pragma GCC unroll 8
-      for (int i = 0; i < n; ++i) tile[i] = join(tile[i], tile[i + n]);
-    store(out + first, tile[0]);
+    for (int i = 0; i < W; ++i) some[i] = rows[first + i];
+    store(out + first, join_lanes(some, join));
   }
 }
 

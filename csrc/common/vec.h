@@ -211,5 +211,19 @@ FASTATTN_INLINE void transpose(vf (&rows)[W]) {
   }
 }
 
+// Lane i of the result is the lanes of rows[i] joined: halves are joined while rows are interleaved, which
+// takes half the shuffles of a transpose.
+template <class Join>
+FASTATTN_INLINE vf join_lanes(vf (&rows)[W], const Join& join) {
+  constexpr auto lanes = std::make_integer_sequence<int, W>{};
+#pragma GCC unroll 4
+  for (int n = W / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i)
+      rows[i] =
+          join(interleave_low(rows[i], rows[i + n], lanes), interleave_high(rows[i], rows[i + n], lanes));
+  return rows[0];
+}
+
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA
