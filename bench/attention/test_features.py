@@ -167,6 +167,7 @@ def test_density(benchmark: Any, kind: str, length: int | None, seconds: float) 
             "share_of_saving": round((whole - medians[share]) / (whole * (1 - share)), 3)
             if share < 1
             else "",
+            "cost_of_pair": round(medians[share] / (whole * share), 3),
         }
         if length is None:
             append("attention_density.csv", row)
