@@ -128,6 +128,7 @@ class Decode:
 
 
 CASES = [
+    Decode(heads=12, kv_heads=12, short=True),
     Decode(short=True),
     Decode(torch.bfloat16, short=True),
     Decode(torch.float16),
