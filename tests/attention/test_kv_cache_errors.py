@@ -79,6 +79,51 @@ def test_what_does_not_fit_is_an_error_and_not_written(
     assert torch.equal(given.v, before[1])
 
 
+def test_new_keys_that_overwrite_one_another_are_not_written() -> None:
+    q, k, v = new()
+    twice = rows(torch.tensor([3, 3]), batch_index=torch.tensor([1, 1]))
+    store = torch.randn(2, 2, 24, 8)
+    shared = KVCache(store, store.view(2, 2, 24, 8), torch.tensor([3, 3]))
+    for cache, message in (
+        (twice, r"batch_index: expected each row once .* \[1, 1\]"),
+        (shared, "got the same"),
+    ):
+        before = cache.k.clone(), cache.v.clone()
+        with pytest.raises(RuntimeError, match=message):
+            attention_with_kv_cache(q, cache, k, v)
+        assert torch.equal(cache.k, before[0]) and torch.equal(cache.v, before[1])
+        attention_with_kv_cache(q, cache)  # reading is another matter
+    attention_with_kv_cache(q, shared, k, k)
+    assert torch.equal(store[:, :, 3], k[:, :, 0])
+    # Two halves of one buffer are apart.
+    halves = torch.zeros(2, 2, 24, 16)
+    attention_with_kv_cache(q, KVCache(halves[..., :8], halves[..., 8:], 3), k, v)
+    assert torch.equal(halves[:, :, 3], torch.cat((k, v), -1)[:, :, 0])
+
+
+def test_an_expanded_cache_can_be_read_and_not_written() -> None:
+    (q, k, v), store = new(), torch.randn(1, 2, 24, 8)
+    cache = KVCache(store.expand(2, -1, -1, -1), store.clone().expand(2, -1, -1, -1), 3)
+    before = store.clone()
+    attention_with_kv_cache(q, cache)
+    with pytest.raises(ValueError, match=r"cache\.k: expected memory for each slot"):
+        attention_with_kv_cache(q, cache, k, v)
+    assert torch.equal(store, before)
+
+
+@pytest.mark.parametrize("option", ["scale", "softcap"])
+@pytest.mark.parametrize("given", ["a lot", torch.ones(2), [1.0]], ids=str)
+def test_what_is_no_number_is_an_error_before_anything_is_written(option: str, given: Any) -> None:
+    (q, k, v), cache = new(), rows(torch.tensor([3, 4]))
+    before = cache.k.clone()
+    for function in (attention_with_kv_cache, explain_with_kv_cache):
+        with pytest.raises(TypeError, match=f"{option}: expected a number or None"):
+            function(q, cache, k, v, **{option: given})
+    assert torch.equal(cache.k, before)
+    for number in (torch.tensor(0.5), 1):
+        attention_with_kv_cache(q, cache, k, v, **{option: number})
+
+
 def test_a_page_that_no_key_needs_may_be_missing() -> None:
     (q, k, v), results = new(), []
     for spoil in (a_page_missing, lambda cache: cache):

@@ -87,6 +87,7 @@ def attention_with_kv_cache(
         True
     """
     bias_ = as_bias(bias)
+    scale, softcap = _number("scale", scale), _number("softcap", softcap)
     with torch.no_grad():
         step = _prepare(q, cache, k, v, rotary, mask, bias_, softcap, sinks)
         chosen = api._choose(step.q, step.k_like, step.v_like, backend)
@@ -134,6 +135,7 @@ def explain_with_kv_cache(
         >>> explain_with_kv_cache(torch.randn(2, 4, 1, 8, dtype=torch.float64), cache).backend
         'reference'
     """
+    scale, softcap = _number("scale", scale), _number("softcap", softcap)
     with torch.no_grad():
         step = _prepare(q, cache, k, v, rotary, mask, as_bias(bias), softcap, sinks)
         return api.explain(
@@ -142,11 +144,22 @@ def explain_with_kv_cache(
             step.v_like,
             mask=step.mask,
             bias=step.bias,
+            scale=scale,
             softcap=softcap,
             sinks=sinks,
             q_start=step.q_start,
             backend=backend,
         )
+
+
+def _number(name: str, given: float | None) -> float | None:
+    """Raise for what is none, as long as nothing has been written."""
+    if given is None or isinstance(given, (int, float, torch.SymInt, torch.SymFloat)):
+        return given
+    try:
+        return float(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected a number or None, got {given!r}") from error
 
 
 class _Step(NamedTuple):

@@ -123,6 +123,11 @@ def check_cache(q: Tensor, cache: KVCache, k: Tensor | None, v: Tensor | None) -
         if x.shape != wanted:
             raise ValueError(f"{name}: expected {_shape(wanted)}, got {list(x.shape)}")
         _check_device(name, x, q)
+        if any(size > 1 and step == 0 for size, step in zip(stored.shape, stored.stride(), strict=True)):
+            raise ValueError(
+                f"cache.{name}: expected memory for each slot, to be written to, got an expanded tensor of "
+                f"strides {list(stored.stride())}"
+            )
 
 
 def _check_index(name: str, x: Tensor, shape: tuple[int, ...], q: Tensor) -> None:

@@ -55,6 +55,8 @@ def _append(
     v_scale: Tensor | None,
 ) -> None:
     check(k_cache, lengths, lengths + k.shape[2], left_padding, block_table, batch_index)
+    if k.numel() > 0:
+        _check_apart(k_cache, v_cache, k, v, batch_index)
     position = lengths[:, None] + torch.arange(k.shape[2], device=k.device)  # [B, L_new]
     if block_table is not None:
         page_size = k_cache.shape[2]
@@ -229,6 +231,23 @@ def check(
         needed &= start + page_size > torch.minimum(left_padding, lengths)[:, None]
     fits = (block_table >= 0) & (block_table < rows) | ~needed
     _require(fits, f"block_table: expected 0 to {rows - 1} for pages that hold keys", block_table)
+
+
+def _check_apart(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, batch_index: Tensor | None) -> None:
+    """Raise RuntimeError where what is written would overwrite what is written."""
+    # Values that are a part of the keys, in the cache and anew, are the same in both.
+    if k_cache.shape == v_cache.shape and k_cache.data_ptr() == v_cache.data_ptr() and not torch.equal(k, v):
+        raise RuntimeError(
+            "fastattn.attention_with_kv_cache: cache.k, cache.v: expected memory of their own, got the same"
+        )
+    # Reading it on a GPU would stop the queue.
+    if batch_index is not None and batch_index.device.type == "cpu":
+        rows = batch_index.tolist()
+        if len(set(rows)) < len(rows):
+            raise RuntimeError(
+                "fastattn.attention_with_kv_cache: batch_index: expected each row once where keys are "
+                f"appended, got {rows}"
+            )
 
 
 def _require(fits: Tensor, message: str, given: Tensor) -> None:
