@@ -81,7 +81,8 @@ class Case:
         q, (k, v) = self.q, self.new
         if rotary is not None:
             start = self.lengths.long()
-            together = not options.get("causal") and options.get("window_size", (-1, -1)) == (-1, -1)
+            window = options.get("window_size", (-1, -1))
+            together = not options.get("causal") and all(size < 0 or size >= CAPACITY for size in window)  # type: ignore[attr-defined]
             own = torch.zeros(q.shape[1]) if together else torch.arange(q.shape[1])
             q = oracle.rotated(q, *rotary[:2], start[:, None] + own.long(), rotary[2])
             k = oracle.rotated(k, *rotary[:2], start[:, None] + torch.arange(k.shape[1]), rotary[2])
@@ -120,7 +121,18 @@ def test_steps(form: str, q_length: int, new: int, options: dict[str, object]) -
 
 
 @pytest.mark.parametrize("half, interleaved", [(8, True), (3, False)])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (9, 0)}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"window_size": (9, 0)},
+        {"window_size": (CAPACITY, CAPACITY + 3)},
+        {"window_size": (-1, CAPACITY)},
+        {"window_size": (CAPACITY - 1, CAPACITY)},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("q_length, new", [(1, 1), (4, 4), (3, 5)], ids=str)
 def test_rotary(q_length: int, new: int, options: dict[str, object], half: int, interleaved: bool) -> None:
     Case("pages", q_length, new).check((*tables(half), interleaved), **options)

@@ -181,7 +181,7 @@ def kvcache_call(
         cache.lengths = cache.capacity
     layout = Dense()
     q, k, v = layout.queries(q), None if k is None else layout.keys(k), None if v is None else layout.keys(v)
-    mask = options.mask()
+    mask = options.mask(cache.capacity)
     if turn.rotary_cos is not None and turn.rotary_sin is not None:
         if k is None:
             raise ValueError(

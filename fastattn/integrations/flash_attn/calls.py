@@ -34,8 +34,11 @@ class Options(NamedTuple):
     softcap: float | None = 0.0
     alibi_slopes: Tensor | None = None
 
-    def mask(self) -> Mask:
+    def mask(self, k_length: int | None = None) -> Mask:
         """What a query may attend to by its distance; the bottom right corners are aligned.
+
+        Args:
+            k_length: seqlen_k, where it is known: a side of the window that is as long is none.
 
         Raises:
             ValueError: `window_size` is not two numbers.
@@ -43,7 +46,10 @@ class Options(NamedTuple):
         window = self.window_size.tolist() if isinstance(self.window_size, Tensor) else self.window_size
         if not isinstance(window, Sequence) or len(window) != 2:
             raise ValueError(f"window_size: expected (left, right), got {window!r}")
-        left, right = (None if size is None or size < 0 else size for size in window)
+        left, right = (
+            None if size is None or size < 0 or (k_length is not None and size >= k_length) else size
+            for size in window
+        )
         if self.causal:
             right = 0
         if left is None and right is None:
@@ -124,7 +130,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, options: Options, seed: Tensor | None
     """The call behind `flash_attn_func`."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_rank(name, x, 4, "(batch_size, seqlen, nheads, headdim)")
-    given = options.attention(q, seed) | {"mask": options.mask()}
+    given = options.attention(q, seed) | {"mask": options.mask(k.shape[1])}
     layout = Dense()
     return Call(layout.queries(q), layout.keys(k), layout.keys(v), given, layout)
 
