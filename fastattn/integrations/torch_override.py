@@ -77,10 +77,7 @@ def enable(backend: str = "cpu") -> None:
         True
     """
     _check(backend)
-    with _lock:
-        _holders[:] = [one for one in _holders if one[0] is not _switch]
-        _holders.append((_switch, backend))
-        _settle()
+    _take(_switch, backend)
 
 
 def disable() -> None:
@@ -203,10 +200,22 @@ class _Handle:
 def _hold(backend: str) -> _Handle:
     _check(backend)
     handle = _Handle()
-    with _lock:
-        _holders.append((handle, backend))
-        _settle()
+    _take(handle, backend)
     return handle
+
+
+def _take(holder: object, backend: str) -> None:
+    """Make it the last holder, or leave all as it was where that fails."""
+    with _lock:
+        before = list(_holders)
+        _holders[:] = [one for one in before if one[0] is not holder]
+        _holders.append((holder, backend))
+        try:
+            _settle()
+        except BaseException:
+            _holders[:] = before
+            _settle()
+            raise
 
 
 def _release(holder: object) -> None:
@@ -248,13 +257,18 @@ class _Installed:
         self.forward_kernel = torch.library.get_kernel(f"aten::{_FORWARD}", "CPU")
         self.backward_kernel = torch.library.get_kernel(f"aten::{_BACKWARD}", "CPU")
         self.library = torch.library.Library("aten", "IMPL")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Warning only once for all operators")
-            for key in ("AutogradCPU", "CPU"):
-                self.library.impl("scaled_dot_product_attention", self.attention, key)
-            self.library.impl(_FORWARD, self.flash_forward, "CPU", with_keyset=True)
-            self.library.impl(_BACKWARD, self.flash_backward, "CPU", with_keyset=True)
-        _forget_dispatch()
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Warning only once for all operators")
+                for key in ("AutogradCPU", "CPU"):
+                    self.library.impl("scaled_dot_product_attention", self.attention, key)
+                self.library.impl(_FORWARD, self.flash_forward, "CPU", with_keyset=True)
+                self.library.impl(_BACKWARD, self.flash_backward, "CPU", with_keyset=True)
+        except BaseException:
+            self.library._destroy()
+            raise
+        finally:
+            _forget_dispatch()
         # Compiled code is kept on disk under a key that this is a part of.
         self.tag = f";fastattn-{backend}"
         compiler.cache_key_tag += self.tag

@@ -448,6 +448,32 @@ def test_a_backend_that_is_not_here_leaves_torch_alone(monkeypatch):
     assert not torch_override.is_enabled()
 
 
+def test_a_failure_to_turn_it_on_leaves_all_as_it_was(monkeypatch, calls):
+    tensors = [x.detach() for x in qkv()]
+    impl = torch.library.Library.impl
+
+    def failing(library, name, *args, **options):
+        if name == torch_override._BACKWARD and "other" in found:
+            found.discard("other")
+            raise RuntimeError("no room")
+        return impl(library, name, *args, **options)
+
+    found = {"other"}
+    monkeypatch.setattr(torch.library.Library, "impl", failing)
+    plain = F.scaled_dot_product_attention(*tensors)
+    for turn_on in (torch_override.enable, lambda name: torch_override.override(name).__enter__()):
+        found.add("other")
+        with pytest.raises(RuntimeError, match="no room"):
+            turn_on("reference")
+        assert not torch_override.is_enabled()
+        assert torch.equal(F.scaled_dot_product_attention(*tensors), plain)
+        assert calls == []
+    with torch_override.override("reference"):
+        F.scaled_dot_product_attention(*tensors)
+        assert calls == ["attention"]
+    assert not torch_override.is_enabled()
+
+
 def test_second_derivatives_raise(backend):
     if backend == "reference":
         pytest.skip("the reference has every derivative")
