@@ -95,6 +95,32 @@ def test_an_error_inside_uninstalls() -> None:
         raise KeyError
 
 
+def test_an_error_inside_is_the_one_that_is_raised() -> None:
+    with pytest.raises(KeyError, match="the user's"), door.install():
+        door.uninstall()
+        raise KeyError("the user's")
+
+
+def test_each_takes_out_its_own() -> None:
+    before = present()
+    first = door.install()
+    ours = present()
+    second = door.install()
+    theirs = present()
+    for _ in range(2):
+        first.__exit__(None, None, None)
+        assert present() == theirs != ours
+    with door.install():
+        pass
+    assert present() == theirs
+    for _ in range(2):
+        second.__exit__(None, None, None)
+        assert present() == before
+    assert importlib.util.find_spec("flash_attn") is None or before
+    with pytest.raises(RuntimeError, match="install"):
+        door.uninstall()
+
+
 def test_without_install() -> None:
     with pytest.raises(RuntimeError, match="install"):
         door.uninstall()

@@ -60,7 +60,10 @@ _replaced: Final[list[dict[str, ModuleType]]] = []
 
 
 class Installation:
-    """What `install` returns: a context manager that undoes it at its end."""
+    """What `install` returns: a context manager that undoes it at its end, if that has not been done."""
+
+    def __init__(self, taken: dict[str, ModuleType]) -> None:
+        self._taken = taken
 
     def __enter__(self) -> Installation:
         return self
@@ -71,7 +74,7 @@ class Installation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        uninstall()
+        _undo(self._taken)
 
 
 def install() -> Installation:
@@ -90,7 +93,8 @@ def install() -> Installation:
     one.
 
     Returns:
-        A context manager, which need not be used as one; its end is an `uninstall`.
+        A context manager, which need not be used as one; at its end this install is undone, unless it has
+        been by then.
 
     Example:
         >>> import torch
@@ -106,7 +110,7 @@ def install() -> Installation:
     if not _replaced:
         sys.meta_path.insert(0, _FINDER)
     _replaced.append(taken)
-    return Installation()
+    return Installation(taken)
 
 
 def uninstall() -> None:
@@ -117,9 +121,23 @@ def uninstall() -> None:
     """
     if not _replaced:
         raise RuntimeError("uninstall: expected an install() before it, there is none to undo")
+    _undo(_replaced[-1])
+
+
+def _undo(taken: dict[str, ModuleType]) -> None:
+    """Take out the install that put these aside; nothing where it has been taken out before."""
+    place = next((i for i, one in enumerate(_replaced) if one is taken), None)
+    if place is None:
+        return
+    del _replaced[place]
+    if place < len(_replaced):  # the modules are a later install's, which has now put these aside
+        later = _replaced[place]
+        later.clear()
+        later.update(taken)
+        return
     for name in [name for name in sys.modules if _is_flash_attn(name)]:
         del sys.modules[name]
-    sys.modules.update(_replaced.pop())
+    sys.modules.update(taken)
     if not _replaced and _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)
 
