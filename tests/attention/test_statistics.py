@@ -162,6 +162,21 @@ def test_gradients(name: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_one_query_asked_for_twice() -> None:
+    q, k = (x[:, :, :length].requires_grad_() for x, length in zip(qk(), (1, LENGTH), strict=True))
+    bias = random(BATCH, 1, 1, LENGTH, seed=5).requires_grad_()
+    options = {"mask": fastattn.sliding_window(7, 0), "bias": bias}
+    found = attention_statistics(q, k, rows=[0, 0], **options).probabilities
+    once = attention_statistics(q, k, rows=[0], **options).probabilities
+    assert found is not None and once is not None
+    torch.testing.assert_close(found, once.expand(-1, -1, 2, -1))
+    weight = random(*found.shape, seed=9)
+    twice = torch.autograd.grad((found * weight).sum(), (q, k, bias))
+    summed = torch.autograd.grad((once * weight.sum(2, keepdim=True)).sum(), (q, k, bias))
+    for a, b in zip(twice, summed, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_only_what_is_asked_for() -> None:
     q, k = qk()
     found = attention_statistics(q, k, "entropy")

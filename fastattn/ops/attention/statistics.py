@@ -194,10 +194,12 @@ class _ByRows(torch.autograd.Function):
                 for i, x in zip(needed, found, strict=True):
                     if x is None:
                         continue
-                    if i in _OF_ROWS and inputs[i].shape[2] > 1:
+                    if i not in _OF_ROWS:
+                        totals[i] += x
+                    elif inputs[i].shape[2] > 1:
                         totals[i].index_add_(2, index, x.to(totals[i].dtype))
                     else:
-                        totals[i] += x
+                        totals[i] += x.sum(2, keepdim=True)
             first += len(index)
         return (
             None,
@@ -212,7 +214,11 @@ _OF_ROWS: Final = (0, 2)
 
 
 def _rows_of(inputs: Sequence[Tensor | None], index: Tensor) -> list[Tensor | None]:
-    return [_pick(x, 2, index) if i in _OF_ROWS and x is not None else x for i, x in enumerate(inputs)]
+    """Theirs of the inputs that have some; of q one for each even where it is one row."""
+    return [
+        x if x is None or i not in _OF_ROWS else x.index_select(2, index) if i == 0 else _pick(x, 2, index)
+        for i, x in enumerate(inputs)
+    ]
 
 
 def _wide(x: Tensor) -> torch.dtype:
