@@ -231,6 +231,7 @@ def merge_attentions(
                 "attn_split, lse_split: expected [B, M, H, K] and [B, H, M], or [B, M, G, H, K] and "
                 f"[B, G, H, M], got {list(out.shape)} and {list(lse.shape)}"
             )
+    _check_output_dtype(output_dtype)
     if output_dtype is not None and outs:
         wide = torch.promote_types(output_dtype, outs[0].dtype)
         outs = tuple(out.to(wide) for out in outs)
@@ -267,6 +268,11 @@ def explain(
     """
     call = _call(query, key, value, attn_bias, p, scale, op, output_dtype)
     return explain_attention(*call.tensors, **call.options())
+
+
+def _check_output_dtype(output_dtype: torch.dtype | None) -> None:
+    if output_dtype is not None and not output_dtype.is_floating_point:
+        raise TypeError(f"output_dtype: expected a floating dtype or None, got {output_dtype}")
 
 
 class _Call(NamedTuple):
@@ -309,6 +315,7 @@ def _call(
             "and fastattn.attention(backend=) chooses one"
         )
     _check_shapes(query, key, value)
+    _check_output_dtype(output_dtype)
     dtype = query.dtype if output_dtype is None else output_dtype
     wide = torch.promote_types(query.dtype, dtype)
     # Each head of a group has a gradient of its own, where there is one.

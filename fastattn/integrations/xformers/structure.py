@@ -27,7 +27,7 @@ def structure(attn_bias: Any, q_length: int, k_length: int) -> Mask:
         NotImplementedError: a class that is not one of these, by name, with what to use instead.
         ValueError: a block-diagonal bias for other lengths, or whose blocks of keys overlap.
     """
-    name = type(attn_bias).__name__
+    name = _name_of(attn_bias)
     if name in _PLAIN:
         return _PLAIN[name](attn_bias)
     if name in _BLOCKS:
@@ -37,6 +37,17 @@ def structure(attn_bias: Any, q_length: int, k_length: int) -> Mask:
     else:
         why = "pass the mask as a tensor, or call fastattn.attention with a mask of its own"
     raise NotImplementedError(f"attn_bias: expected None, a tensor or one of {NAMES}, got {name}; {why}")
+
+
+def _name_of(attn_bias: Any) -> str:
+    """The first name among its classes that says what it is, else its own."""
+    for one in type(attn_bias).__mro__:
+        if one.__name__ in _PLAIN or one.__name__ in _BLOCKS:
+            return one.__name__
+        # What makes another tensor of itself may be another mask, as may what xformers itself derives.
+        if "materialize" in vars(one) or one.__module__.startswith("xformers."):
+            break
+    return type(attn_bias).__name__
 
 
 def _local(align: Any) -> Callable[[Any], Mask]:
@@ -99,7 +110,7 @@ def tensor_of(attn_bias: Any) -> Tensor | None:
     """The tensor that is added to the scores, if there is one."""
     if isinstance(attn_bias, Tensor):
         return attn_bias
-    if type(attn_bias).__name__ == "LowerTriangularMaskWithTensorBias":
+    if _name_of(attn_bias) == "LowerTriangularMaskWithTensorBias":
         bias: Tensor = attn_bias._bias
         return bias
     return None
