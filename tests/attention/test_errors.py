@@ -9,6 +9,7 @@ import torch
 
 import fastattn
 from fastattn import attention
+from fastattn.ops.attention.api import attention_backward
 from fastattn.ops.attention.problem import resolve
 
 
@@ -57,6 +58,32 @@ BAD = {
     "lengths and lengths": (lambda: fastattn.key_padding(torch.tensor([1])) & fastattn.key_padding(torch.tensor([1, 2])), ValueError, "same batch"),
     "float seed": (lambda: attention(q, kv, kv, dropout=0.1, seed=1.7), TypeError, "seed: expected an int.* got 1.7"),
     "float8 bias": (lambda: attention(q, kv, kv, bias=t(1, 1, 5, 7).to(torch.float8_e4m3fn)), TypeError, "bias: expected float32"),
+    "window float": (lambda: fastattn.sliding_window(2.5, 0), TypeError, r"sliding_window\(left=\): expected an int, or None for all, got 2.5"),
+    "window str": (lambda: fastattn.sliding_window(0, "a"), TypeError, r"sliding_window\(right=\): expected an int.* got str"),
+    "window below": (lambda: fastattn.sliding_window(-1, 0), ValueError, r"sliding_window\(left=\): expected 0 or more, or None for all, got -1"),
+    "chunk float": (lambda: fastattn.chunked(2.5), TypeError, r"chunked\(size\): expected an int, got 2.5"),
+    "prefix float": (lambda: fastattn.prefix(2.5), TypeError, r"prefix\(n\): expected an int, or an integer tensor \[B\], got 2.5"),
+    "block size float": (lambda: fastattn.block_sparse(t(2, 2, dtype=torch.bool), 4.0), TypeError, r"block_sparse\(block_size\): expected an int, or two, got 4.0"),
+    "three block sizes": (lambda: fastattn.block_sparse(t(2, 2, dtype=torch.bool), (4, 4, 4)), TypeError, r"block_sparse\(block_size\): expected an int or two, got \(4, 4, 4\)"),
+    "block size 0": (lambda: fastattn.block_sparse(t(2, 2, dtype=torch.bool), (4, 0)), ValueError, r"block_sparse\(block_size\): expected 1 or more.* got 0"),
+    "start float": (lambda: attention(q, kv, kv, q_start=1.5), TypeError, r"q_start: expected an int, or an integer tensor \[B\], got 1.5"),
+    "start far": (lambda: attention(q, kv, kv, q_start=2**31), ValueError, r"q_start: expected a position below 2\^31, got 2147483648"),
+    "k_start far": (lambda: attention(q, kv, kv, k_start=2**40), ValueError, r"k_start: expected a position below 2\^31"),
+    "k_start bool": (lambda: attention(q, kv, kv, k_start=True), TypeError, "k_start: expected an int, got bool"),
+    "softcap str": (lambda: attention(q, kv, kv, softcap="a"), TypeError, "softcap: expected a number, got str"),
+    "softcap inf": (lambda: attention(q, kv, kv, softcap=float("inf")), ValueError, "softcap: expected a finite number above 0, or None, got inf"),
+    "softcap nan": (lambda: attention(q, kv, kv, softcap=float("nan")), ValueError, "softcap: expected a finite .* got nan"),
+    "dropout str": (lambda: attention(q, kv, kv, dropout="a"), TypeError, "dropout: expected a number, got str"),
+    "str seed": (lambda: attention(q, kv, kv, dropout=0.1, seed="a"), TypeError, "seed: expected an int or an int64 tensor, got str"),
+    "bool tensors": (lambda: fastattn.Mask() & t(5, 7, dtype=torch.bool) & t(5, 6, dtype=torch.bool), ValueError, r"mask & mask: expected bool tensors that broadcast, got \[5, 7\] and \[5, 6\]"),
+    "blocks and blocks": (lambda: fastattn.block_sparse(t(2, 2, dtype=torch.bool), 4) & fastattn.block_sparse(t(3, 2, dtype=torch.bool), 4), ValueError, r"block_sparse\(blocks\) joined .* got \[1, 1, 2, 2\] of size \(4, 4\) and \[1, 1, 3, 2\]"),
+    "few buckets": (lambda: fastattn.relative_position(t(3, 4)), ValueError, r"relative_position\(table\): expected at least 4 buckets, got \[3, 4\]"),
+    "max_distance": (lambda: fastattn.relative_position(t(32, 4), max_distance=8), ValueError, r"relative_position\(max_distance=\): expected more than 8.* 32 buckets .*got 8"),
+    "dout dtype": (lambda: attention_backward(q.half(), q, kv, kv, q, q[..., 0]), TypeError, "dout: expected torch.float32, got torch.float16"),
+    "out dtype": (lambda: attention_backward(q, q, kv, kv, q.half(), q[..., 0]), TypeError, "out: expected torch.float32, got torch.float16"),
+    "lse dtype": (lambda: attention_backward(q, q, kv, kv, q, q[..., 0].double()), TypeError, "lse: expected torch.float32, got torch.float64"),
+    "dlse dtype": (lambda: attention_backward(q, q, kv, kv, q, q[..., 0], dlse=q[..., 0].half()), TypeError, "dlse: expected torch.float32, got torch.float16"),
+    "dlse shape": (lambda: attention_backward(q, q, kv, kv, q, q[..., 0], dlse=t(2, 4, 4)), ValueError, r"dlse: expected \[2, 4, 5\], got \[2, 4, 4\]"),
     "lengths batch": (lambda: attention(q, kv, kv, mask=fastattn.key_padding(torch.tensor([1, 2, 3]))), ValueError, "expected 2 lengths .* got 3"),
 }  # fmt: skip
 

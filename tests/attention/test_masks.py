@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -180,6 +182,9 @@ ALIGNED = [
         lambda align: chunked(3, align),
         lambda align: chunked(1, align),
         lambda align: chunked(100, align),
+        lambda align: window(3, sys.maxsize, align),
+        lambda align: window(sys.maxsize, 1, align),
+        lambda align: chunked(sys.maxsize, align),
     )
 ]
 ALIGNED_NAMES = [
@@ -196,16 +201,23 @@ ALIGNED_NAMES = [
         "chunked(3)",
         "chunked(1)",
         "chunked(100)",
+        "window(3,max)",
+        "window(max,1)",
+        "chunked(max)",
     )
 ]
 RULES = dict(zip(ALIGNED_NAMES, ALIGNED, strict=True)) | {
     "prefix(0)": prefix(0),
     "prefix(3)": prefix(3),
     "prefix([1,4])": prefix([1, 4]),
+    "prefix(max)": prefix(sys.maxsize),
+    "prefix([max,2])": prefix([sys.maxsize, 2]),
     "padding": padding(),
     "blocks-flat": blocks(1, 1, 4, 4, flat=True),
     "blocks-1-1": blocks(1, 1, 2, 5),
     "blocks-1-H": blocks(1, HEADS, 3, 3),
+    "blocks-finer": blocks(BATCH, 1, 1, 6),
+    "blocks-max": blocks(1, HEADS, sys.maxsize, 3),
     "blocks-B-1": blocks(BATCH, 1, 5, 2),
     "blocks-B-H": blocks(BATCH, HEADS, 4, 1),
     "dense-L-L": dense(2, 2),
@@ -413,3 +425,18 @@ def test_masks_join_tensors_on_either_side() -> None:
     assert torch.equal((fastattn.causal() & keep).to_dense(**sizes)[0, 0], keep & low)
     assert torch.equal((keep | fastattn.causal()).to_dense(**sizes)[0, 0], keep | low)
     assert torch.equal((fastattn.causal() | keep).to_dense(**sizes)[0, 0], keep | low)
+
+
+@pytest.mark.parametrize(
+    "sizes", [((4, 4), (4, 4)), ((2, 6), (4, 3)), ((8, 1), (2, 5)), ((1, 20), (3, 5))], ids=str
+)
+@pytest.mark.parametrize("join", [operator.and_, operator.or_])
+def test_blocks_of_sizes_that_divide_stay_blocks(join: Any, sizes: tuple[tuple[int, int], ...]) -> None:
+    rules = [blocks(1, HEADS, *sizes[0]), blocks(BATCH, 1, *sizes[1])]
+    a, b = (rule.make(13, 17) for rule in rules)
+    mask = join(a, b)
+    q, k = torch.empty(BATCH, HEADS, 13, 1), torch.empty(BATCH, HEADS, 17, 1)
+    problem = resolve(q, k, mask, Bias(), None, None, None, None, 1.0, 0.0, 0.0)
+    assert problem.mask is None and problem.ranges is None and problem.blocks is not None
+    want = join(*(kept(rule, 13, 17) for rule in rules))
+    assert torch.equal(resolved(mask, 13, 17, None, None), want)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
+import pytest
 import torch
 
 import fastattn
+from fastattn.ops.attention.api import attention_backward
+from fastattn.ops.attention.problem import resolve
+from fastattn.testing import present_isas
+
+BACKENDS = ["reference", *(["cpu"] if present_isas() else [])]
 
 
 def test_masks_joined_by_or_under_compile() -> None:
@@ -49,3 +58,98 @@ def test_the_reference_under_autocast() -> None:
         found = fastattn.attention(q, k, v, return_lse=True, backend="reference")
     assert found[1].dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_windows_as_long_as_ints_go(backend: str) -> None:
+    """Their ends overflowed and nothing was seen."""
+    q, k = torch.randn(2, 1, 9, 4), torch.randn(2, 1, 12, 4)
+    far = sys.maxsize
+    for mask, same in (
+        (fastattn.sliding_window(3, far), fastattn.sliding_window(3, None)),
+        (fastattn.sliding_window(far, 0), fastattn.causal()),
+        (fastattn.prefix(far), None),
+        (fastattn.causal() & fastattn.chunked(far), fastattn.causal()),
+    ):
+        for start in ({}, {"q_start": 2**31 - 1, "k_start": 2**31 - 9}):
+            found = fastattn.attention(q, k, k, mask=mask, backend=backend, **start)
+            torch.testing.assert_close(
+                found, fastattn.attention(q, k, k, mask=same, backend=backend, **start)
+            )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_starts_in_a_narrow_dtype(backend: str, dtype: torch.dtype) -> None:
+    """Distances were computed in it, and came round."""
+    q, k, starts = torch.randn(2, 3, 2, 4), torch.randn(2, 3, 300, 4), torch.tensor([120, 7])
+    options = {"bias": fastattn.alibi(torch.tensor([0.3, 0.2, 0.1])), "mask": fastattn.causal()}
+    want = fastattn.attention(q, k, k, q_start=starts, backend=backend, **options)
+    found = fastattn.attention(q, k, k, q_start=starts.to(dtype), backend=backend, **options)
+    assert torch.equal(found, want)
+
+
+def test_slopes_of_each_take_no_square_of_the_batch() -> None:
+    batch, length = 512, 300
+    slopes = torch.rand(batch, 2, requires_grad=True)
+    starts = torch.arange(batch)
+    problem_of = lambda bias, q: resolve(  # noqa: E731
+        q, q, fastattn.Mask(), bias, None, None, starts, None, 1.0, 0.0, 0.0
+    )
+    with torch.profiler.profile(profile_memory=True) as profile:
+        problem = problem_of(fastattn.alibi(slopes), torch.empty(batch, 2, length, 1))
+    assert problem.relative is not None and problem.relative.shape == (batch, 2, 2 * length)
+    taken = max(event.cpu_memory_usage for event in profile.key_averages())
+    assert taken < 100 * 2**20, taken
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_minus_infinity_and_a_compact_one(backend: str) -> None:
+    """Their sum was NaN where a tile was masked by the first."""
+    q = torch.randn(2, 2, 70, 8, requires_grad=True)
+    bias = torch.randn(2, 1, 70, 70).masked_fill(torch.rand(2, 1, 70, 70) < 0.3, float("-inf"))
+    bias[0, :, 3] = float("-inf")
+    slopes = torch.tensor([0.5, 0.1], requires_grad=True)
+    results = []
+    for name in (backend, "reference"):
+        out, lse = fastattn.attention(
+            q, q, q, bias=bias + fastattn.alibi(slopes), return_lse=True, backend=name
+        )
+        assert (out[0, :, 3] == 0).all() and (lse[0, :, 3] == float("-inf")).all()
+        results.append([out, lse, *torch.autograd.grad(out.square().sum(), [q, slopes])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_query_that_sees_nothing(dtype: torch.dtype) -> None:
+    """Decoding read rows of an empty intersection from before the first key."""
+    q, k = torch.randn(2, 4, 1, 16).to(dtype), torch.randn(2, 4, 33, 16).to(dtype)
+    out, lse = fastattn.attention(
+        q, k, k, mask=fastattn.sliding_window(3, 0) & fastattn.prefix(2), return_lse=True
+    )
+    assert (out == 0).all() and (lse == float("-inf")).all()
+
+
+def test_backward_from_rows_under_autocast() -> None:
+    """It computed in float32 what forward had computed in bfloat16."""
+    q, k, v, dout = (torch.randn(1, 2, 20, 8) for _ in range(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = fastattn.attention(q, k, v, return_lse=True)
+        found = attention_backward(dout.bfloat16(), q, k, v, out, lse)
+    want = attention_backward(dout.bfloat16(), *(x.bfloat16() for x in (q, k, v)), out, lse)
+    assert all(x.dtype == torch.bfloat16 and torch.equal(x, y) for x, y in zip(found, want, strict=True))
+
+
+def test_bounds_of_each_sample_under_vmap() -> None:
+    """torch warned that they were not contiguous."""
+    q, bounds = torch.randn(3, 1, 1, 9, 4), torch.tensor([[0, 4, 9], [0, 1, 8], [0, 9, 9]])
+
+    def f(q: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention(q, q, q, mask=fastattn.documents(bounds) & fastattn.causal())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = torch.vmap(f)(q, bounds)
+    for i in range(3):
+        torch.testing.assert_close(found[i], f(q[i], bounds[i]))

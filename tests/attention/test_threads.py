@@ -50,6 +50,24 @@ def test_bitwise_the_same_for_any_number_of_threads(batch: int, heads: tuple[int
             assert same(run(batch, heads, length), want), count
 
 
+@pytest.mark.parametrize("of_each", [False, True])
+def test_gradients_of_slopes_and_tables_for_any_number_of_threads(of_each: bool) -> None:
+    """torch's own sum of 32,768 numbers or more to one is split between its threads."""
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 1, length, 4, generator=g) for length in (2, 41000))
+    slopes, table = torch.rand(1, generator=g), torch.randn(8, 1, generator=g)
+    starts = torch.tensor([40000, 7]) if of_each else 40998
+    results = []
+    for count in (1, 2, 4, 2):
+        torch.set_num_threads(count)
+        leaves = [x.detach().requires_grad_() for x in (slopes, table)]
+        bias = fastattn.alibi(leaves[0] * 1e-4) + fastattn.relative_position(leaves[1], max_distance=30000)
+        out = fastattn.attention(q, k, k, bias=bias, q_start=starts, backend="cpu")
+        results.append(list(torch.autograd.grad((out * torch.arange(4)).sum(), leaves)))
+    for other in results[1:]:
+        assert same(results[0], other)
+
+
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(5, 2, 100, 16, generator=g) for _ in range(3))

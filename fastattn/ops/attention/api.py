@@ -11,7 +11,7 @@ from torch import Tensor
 from fastattn import _backends
 from fastattn.ops.attention import library, reference
 from fastattn.ops.attention.biases import Bias, as_bias
-from fastattn.ops.attention.checks import check_inputs, check_options, check_seed
+from fastattn.ops.attention.checks import check_inputs, check_options, check_saved, check_seed
 from fastattn.ops.attention.masks import Mask, as_mask
 from fastattn.ops.attention.problem import resolve
 from fastattn.ops.attention.weights import no_autocast
@@ -119,7 +119,7 @@ def attention(
         >>> fastattn.attention(q, k, v, mask=window, bias=fastattn.alibi(torch.tensor([0.5, 0.25]))).shape
         torch.Size([1, 2, 5, 8])
     """
-    if isinstance(q, Tensor) and q.is_nested:
+    if any(isinstance(x, Tensor) and x.is_nested for x in (q, k, v)):
         from fastattn.ops.attention.varlen import nested_attention  # noqa: PLC0415 - it calls this function
 
         if q_start is not None or k_start is not None:
@@ -192,16 +192,16 @@ def attention_backward(
     well, it gives these keys' share of the gradients; dq is summed over the shares.
 
     Args:
-        dout: ``[B, H, L_q, D_v]``, the gradient that reaches out.
+        dout: ``[B, H, L_q, D_v]``, the gradient that reaches out, in its dtype.
         q, k, v: as in `attention`.
-        out: ``[B, H, L_q, D_v]``, over all keys.
-        lse: ``[B, H, L_q]``, over all keys, and sinks where there are any.
-        dlse: ``[B, H, L_q]``, the gradient that reaches lse, or None.
+        out: ``[B, H, L_q, D_v]``, over all keys, in the dtype that `attention` gives it (q's, or autocast's).
+        lse: ``[B, H, L_q]``, over all keys, and sinks where there are any; float32 (float64 for float64).
+        dlse: ``[B, H, L_q]``, the gradient that reaches lse, in its dtype, or None.
         mask, bias, scale, softcap, dropout, seed, q_start, k_start, backend: as in `attention`; with dropout
             the seed has to be given.
 
     Returns:
-        dq, dk and dv, of the shapes and dtype of q, k and v.
+        dq, dk and dv, of the shapes and dtype of q, k and v; under autocast in its dtype.
 
     Raises: as `attention` does.
 
@@ -213,13 +213,12 @@ def attention_backward(
         >>> dk.shape
         torch.Size([1, 2, 5, 8])
     """
+    if isinstance(q, Tensor) and isinstance(out, Tensor) and out.dtype != q.dtype:
+        q, k, v = _autocast(q, k, v)  # as forward has
     mask_, bias_ = as_mask(mask), as_bias(bias)
     check_inputs(q, k, v)
     check_options(q, k, mask_, bias_, softcap, None, dropout, q_start, k_start)
-    wanted = (q.shape[0], q.shape[1], q.shape[2], v.shape[3])
-    for name, x, shape in (("dout", dout, wanted), ("out", out, wanted), ("lse", lse, wanted[:3])):
-        if x.shape != shape:
-            raise ValueError(f"{name}: expected {list(shape)}, got {list(x.shape)}")
+    check_saved(q, v, dout, dlse, out, lse)
     if dropout > 0 and seed is None:
         raise ValueError("seed: expected forward's, which decides what is dropped, got None")
     chosen = _choose(q, k, v, backend)

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention.constraints import Documents, Positions
+from fastattn.ops.attention.constraints import Documents, Positions, whole_number
 from fastattn.ops.attention.masks import Align, _is_bottom_right
 
 
@@ -27,16 +27,13 @@ class ByDistance:
 
     bottom_right: bool
 
-    def at(self, distance: Tensor) -> Tensor:
-        """The bias at key position - query position, int64 ``[...]``: float32 ``[B or 1, H, ...]``."""
-        raise NotImplementedError
-
     def at_each(self, distance: Tensor) -> Tensor:
-        """The bias at the distances of each sequence, int64 ``[B or 1, ...]``: ``[B or 1, H, ...]``."""
-        found = self.at(distance)  # [B or 1, H, B or 1, ...]
-        if distance.shape[0] == 1:
-            return found[:, :, 0]
-        return found.expand(distance.shape[0], *found.shape[1:]).diagonal(0, 0, 2).movedim(-1, 0)
+        """The bias at key position - query position of each sequence, int64 ``[B or 1, ...]``.
+
+        Returns:
+            float32 or wider, ``[B or 1, H, ...]``.
+        """
+        raise NotImplementedError
 
     @property
     def parameter(self) -> Tensor:
@@ -64,15 +61,32 @@ class ByDistance:
         return self.parameter.shape[1]
 
 
+# Distances whose gradients are summed at once.
+_ROW: Final = 256
+
+
 @dataclass(frozen=True, eq=False)
 class Alibi(ByDistance):
     """-slope · |distance|; slopes ``[B or 1, H]``."""
 
     slopes: Tensor
 
-    def at(self, distance: Tensor) -> Tensor:
+    def at_each(self, distance: Tensor) -> Tensor:
+        # A slope's gradient is a sum over all distances, and torch splits a long one between its threads.
+        # The slopes are expanded in steps, so that backward sums short rows, then these, then sequences:
+        # the same sums for any number of threads.
+        shape, far = distance.shape, distance.abs().flatten(1)
+        length = far.shape[1]
+        rows = (length + _ROW - 1) // _ROW
+        far = torch.nn.functional.pad(far, (0, rows * _ROW - length))
+        far = far.unflatten(1, (rows, _ROW))[:, None]  # [B or 1, 1, rows, _ROW]
         slopes = self.slopes.to(torch.promote_types(self.slopes.dtype, torch.float32))
-        return -slopes[(...,) + (None,) * distance.dim()] * distance.abs()
+        if shape[0] != 1:
+            slopes = slopes.expand(shape[0], -1)
+        slopes = slopes[..., None].expand(-1, -1, rows)
+        slopes = slopes[..., None].expand(-1, -1, -1, _ROW)
+        found = (-slopes * far).flatten(2)[..., :length]
+        return found.reshape(*found.shape[:2], *shape[1:])
 
     @property
     def parameter(self) -> Tensor:
@@ -95,10 +109,9 @@ class RelativePosition(ByDistance):
     bidirectional: bool
     max_distance: int
 
-    def at(self, distance: Tensor) -> Tensor:
+    def at_each(self, distance: Tensor) -> Tensor:
         table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
-        found = torch.nn.functional.embedding(self.bucket(distance), table)
-        return found.movedim(-1, 0)[None]
+        return torch.nn.functional.embedding(self.bucket(distance), table).movedim(-1, 1)
 
     def bucket(self, distance: Tensor) -> Tensor:
         """Half of the buckets of a direction are one distance wide, the others logarithmically wider."""
@@ -195,7 +208,8 @@ def alibi(slopes: Tensor, align: Align = "bottom_right") -> Bias:
 
     Returns:
         ``-slope · |key position - query position|``, to be passed as `fastattn.attention(..., bias=)` or
-        added to others with ``+``. In memory it takes ``H · (L_q + L_k)`` floats.
+        added to others with ``+``. In memory it takes ``H · (L_q + L_k)`` floats, B times as many where
+        slopes or `q_start` have a batch, and twice as many with `documents`.
 
     Raises:
         TypeError: `slopes` is not a floating tensor.
@@ -233,7 +247,8 @@ def relative_position(
 
     Returns:
         A bias, to be passed as `fastattn.attention(..., bias=)` or added to others with ``+``. In memory it
-        takes ``H · (L_q + L_k)`` floats.
+        takes ``H · (L_q + L_k)`` floats, B times as many where `q_start` or another bias of the sum has a
+        batch, and twice as many with `documents`.
 
     Raises:
         TypeError: `table` is not a floating tensor.
@@ -251,11 +266,17 @@ def relative_position(
     _check_float("relative_position(table)", table)
     if table.dim() != 2:
         raise ValueError(f"relative_position(table): expected [buckets, H], got {list(table.shape)}")
-    exact = table.shape[0] // (4 if bidirectional else 2)
-    if exact < 1 or max_distance <= exact:
+    least = 4 if bidirectional else 2
+    if table.shape[0] < least:
         raise ValueError(
-            f"relative_position: expected at least {4 if bidirectional else 2} buckets and max_distance "
-            f"above {exact}, got {table.shape[0]} and {max_distance}"
+            f"relative_position(table): expected at least {least} buckets, got {list(table.shape)}"
+        )
+    exact = table.shape[0] // least
+    max_distance = whole_number("relative_position(max_distance=)", max_distance, 1)
+    if max_distance <= exact:
+        raise ValueError(
+            f"relative_position(max_distance=): expected more than {exact}, below which each of the "
+            f"{table.shape[0]} buckets is of one distance, got {max_distance}"
         )
     found = RelativePosition(_is_bottom_right("relative_position", align), table, bidirectional, max_distance)
     return Bias(compact=(found,))

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastattn.ops.attention.biases import Bias
-from fastattn.ops.attention.constraints import Band, Blocks, Dense, Documents, Lengths, Prefix
+from fastattn.ops.attention.constraints import (
+    Band,
+    Blocks,
+    Dense,
+    Documents,
+    Lengths,
+    Prefix,
+    whole_number,
+)
 from fastattn.ops.attention.masks import Mask
 
 MAX_HEAD_DIM = 512
@@ -53,10 +63,13 @@ def check_options(
     k_start: int | None,
 ) -> None:
     """Everything else, against q and k that have passed `check_inputs`."""
+    _check_number("dropout", dropout)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a number above 0, or None, got {softcap}")
+    if softcap is not None:
+        _check_number("softcap", softcap)
+        if not 0 < softcap < math.inf:
+            raise ValueError(f"softcap: expected a finite number above 0, or None, got {softcap}")
     _check_starts(q, q_start, k_start, dropout)
     if sinks is not None:
         if not isinstance(sinks, Tensor) or sinks.dtype not in DTYPES:
@@ -82,12 +95,22 @@ def _check_starts(q: Tensor, q_start: int | Tensor | None, k_start: int | None, 
             )
         if dropout > 0:
             raise NotImplementedError("q_start: expected an int with dropout, which goes by it, got a tensor")
-    elif q_start is not None and q_start < 0:
-        raise ValueError(f"q_start: expected 0 or more, got {q_start}")
+    elif q_start is not None:
+        _check_start("q_start", q_start, ", or an integer tensor [B]")
     if isinstance(k_start, Tensor):
         raise TypeError("k_start: expected an int, got a tensor (q_start may be one: [B])")
-    if k_start is not None and k_start < 0:
-        raise ValueError(f"k_start: expected 0 or more, got {k_start}")
+    if k_start is not None:
+        _check_start("k_start", k_start)
+
+
+def _check_start(name: str, start: int, hint: str = "") -> None:
+    if whole_number(name, start, 0, hint) >= 2**31:
+        raise ValueError(f"{name}: expected a position below 2^31, got {start}")
+
+
+def _check_number(name: str, x: object) -> None:
+    if not isinstance(x, (int, float)) and not hasattr(x, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
 
 
 def _check_mask(q: Tensor, k: Tensor, mask: Mask, explicit: bool) -> None:
@@ -184,12 +207,34 @@ def _check_bias(q: Tensor, k: Tensor, bias: Bias) -> None:
         given, name = part.parameter, part.name
         if given.device != q.device:
             raise ValueError(f"{name}: expected q's device {q.device}, got {given.device}")
-        if part.heads not in (1, full[1]):
+        if part.heads != 1 and part.heads != full[1]:
             raise ValueError(f"{name}: expected {full[1]} heads, got {list(given.shape)}")
-        if part.batch not in (1, full[0]):
+        if part.batch != 1 and part.batch != full[0]:
             raise ValueError(f"{name}: expected a batch of {full[0]} or none, got {list(given.shape)}")
         if part.bottom_right != bias.compact[0].bottom_right:
             raise ValueError(f"{name}: expected the same align in all compact biases of a sum")
+
+
+def check_saved(q: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> None:
+    """What `attention_backward` is given besides, against q and v that have passed `check_inputs`."""
+    rows = (q.shape[0], q.shape[1], q.shape[2])
+    of_lse = torch.promote_types(q.dtype, torch.float32)
+    for name, x, shape, dtype in (
+        ("dout", dout, (*rows, v.shape[3]), q.dtype),
+        ("out", out, (*rows, v.shape[3]), q.dtype),
+        ("lse", lse, rows, of_lse),
+        ("dlse", dlse, rows, of_lse),
+    ):
+        if x is None and name == "dlse":
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.shape != shape:
+            raise ValueError(f"{name}: expected {list(shape)}, got {list(x.shape)}")
+        if x.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
 
 
 def check_broadcast(name: str, x: Tensor, full: tuple[int, ...], exact: int = 0) -> None:
@@ -203,7 +248,7 @@ def check_broadcast(name: str, x: Tensor, full: tuple[int, ...], exact: int = 0)
         raise ValueError(f"{name}: expected a shape broadcastable to {list(full)}, got {list(x.shape)}")
 
 
-def check_seed(seed: int | Tensor | None, device: torch.device) -> None:
+def check_seed(seed: object, device: torch.device) -> None:
     """Raise unless it is an int in [0, 2^63), an int64 tensor [1] or None."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
@@ -212,7 +257,8 @@ def check_seed(seed: int | Tensor | None, device: torch.device) -> None:
                 f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
             )
     elif seed is not None:
-        if isinstance(seed, float):
-            raise TypeError(f"seed: expected an int or an int64 tensor, got {seed}")
+        if not isinstance(seed, (int, torch.SymInt)):
+            got = seed if isinstance(seed, float) else type(seed).__name__
+            raise TypeError(f"seed: expected an int or an int64 tensor, got {got}")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed: expected an int in [0, 2^63), got {seed}")

@@ -5,6 +5,7 @@ Most leave a query one interval of keys. What is an interval is all that the ker
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -12,8 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Positions are below this, as the first is below 2^31: a window of more is one of all, and nothing overflows.
+FAR = 2**32
 # First key kept and the first behind it, int64 [B or 1, L_q or 1] each; None where there is no bound.
 Interval = tuple[Tensor | None, Tensor | None]
+
+
+def whole_number(name: str, n: Any, least: int, hint: str = "") -> int:
+    """`n`, or `FAR` where that is less.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: below `least`.
+    """
+    if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)):
+        if isinstance(n, bool) or not isinstance(n, numbers.Integral):
+            raise TypeError(
+                f"{name}: expected an int{hint}, got {n if isinstance(n, float) else type(n).__name__}"
+            )
+        n = int(n)
+    if n < least:
+        raise ValueError(f"{name}: expected {least} or more{hint}, got {n}")
+    return FAR if type(n) is int and n > FAR else n
 
 
 class Positions:
@@ -22,7 +43,8 @@ class Positions:
     Args:
         q_length: L_q.
         k_length: L_k.
-        q_start: position of the first query, an int or an int64 tensor ``[B]``; None for alignment by corner.
+        q_start: position of the first query, an int or an integer tensor ``[B]``; None for alignment by
+            corner.
         k_start: position of the first key.
         device: of the tensors made.
         documents: where these are packed, positions count from the start of each.
@@ -41,6 +63,8 @@ class Positions:
         self.explicit = q_start is not None or k_start is not None
         self.k_start = 0 if k_start is None else k_start
         self.q_start: int | Tensor = 0 if q_start is None else q_start
+        if isinstance(self.q_start, Tensor):
+            self.q_start = self.q_start.to(torch.int64)
         if documents is not None and self.explicit:
             raise ValueError(
                 "q_start, k_start: expected None with documents(...), whose positions count from each "
@@ -213,7 +237,11 @@ class Documents(Constraint):
             return first, last, first, last
         assert self.cu_seqlens is not None and self.cu_seqlens_k is not None
         cu_q, cu_k = self.cu_seqlens, self.cu_seqlens_k
-        document = torch.searchsorted(cu_q[1:], torch.arange(q_length, device=device), right=True)
+        # Mapped by vmap where the bounds are: searchsorted warns of what it has to lay out itself.
+        index = torch.arange(q_length, device=device) + torch.zeros_like(cu_q[:1])
+        document = torch.searchsorted(
+            cu_q[1:].clone(memory_format=torch.contiguous_format), index, right=True
+        )
         following = (document + 1).clamp(max=cu_q.shape[0] - 1)
         found = (cu_q[document], cu_q[following], cu_k[document], cu_k[following])
         return tuple(x[None] for x in found)  # type: ignore[return-value]
@@ -228,16 +256,46 @@ class Blocks(Constraint):
     k_size: int
 
     def join(self, other: Constraint) -> Constraint | None:
-        if not isinstance(other, Blocks) or (other.q_size, other.k_size) != (self.q_size, self.k_size):
-            return None
-        return replace(self, blocks=self.blocks & other.blocks)
+        return self._combine(other, torch.logical_and) if isinstance(other, Blocks) else None
+
+    def either(self, other: Blocks) -> Blocks | None:
+        """What one of the two keeps, where that is blocks again."""
+        return self._combine(other, torch.logical_or)
+
+    def _combine(self, other: Blocks, how: Callable[[Tensor, Tensor], Tensor]) -> Blocks | None:
+        """Both on the finer of their grids; None where neither block size is a multiple of the other."""
+        sizes = []
+        for mine, theirs in ((self.q_size, other.q_size), (self.k_size, other.k_size)):
+            if mine % theirs != 0 and theirs % mine != 0:
+                return None
+            sizes.append(min(mine, theirs))
+        rows = max(self.blocks.shape[2], other.blocks.shape[2])
+        columns = max(self.blocks.shape[3], other.blocks.shape[3])
+        parts = []
+        for x in (self, other):
+            grid = (-(-rows * sizes[0] // x.q_size), -(-columns * sizes[1] // x.k_size))
+            if x.blocks.shape[2:] != grid or not _broadcast(self.blocks.shape[:2], other.blocks.shape[:2]):
+                raise ValueError(
+                    "block_sparse(blocks) joined with another: expected blocks of the same lengths, batch "
+                    f"and heads, got {list(self.blocks.shape)} of size {(self.q_size, self.k_size)} and "
+                    f"{list(other.blocks.shape)} of size {(other.q_size, other.k_size)}"
+                )
+            parts.append(x._on_grid(rows, columns, sizes[0], sizes[1]))
+        return Blocks(how(parts[0], parts[1]), sizes[0], sizes[1])
+
+    def _on_grid(self, rows: int, columns: int, q_size: int, k_size: int) -> Tensor:
+        """bool ``[B or 1, H or 1, rows, columns]``, for blocks of sizes that divide its own."""
+        keep = self.blocks
+        for dim, length, ratio in ((2, rows, self.q_size // q_size), (3, columns, self.k_size // k_size)):
+            if ratio > 1:
+                keep = keep.index_select(dim, torch.arange(length, device=keep.device) // ratio)
+        return keep
 
     def interval(self, positions: Positions) -> Interval | None:
         return None
 
     def to_dense(self, positions: Positions) -> Tensor:
-        keep = self.blocks.repeat_interleave(self.q_size, 2).repeat_interleave(self.k_size, 3)
-        return keep[:, :, : positions.q_length, : positions.k_length]
+        return self._on_grid(positions.q_length, positions.k_length, 1, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,10 +305,21 @@ class Dense(Constraint):
     keep: Tensor
 
     def join(self, other: Constraint) -> Constraint | None:
-        return Dense(self.keep & other.keep) if isinstance(other, Dense) else None
+        if not isinstance(other, Dense):
+            return None
+        if not _broadcast(self.keep.shape, other.keep.shape):
+            raise ValueError(
+                "mask & mask: expected bool tensors that broadcast, "
+                f"got {list(self.keep.shape)} and {list(other.keep.shape)}"
+            )
+        return Dense(self.keep & other.keep)
 
     def interval(self, positions: Positions) -> Interval | None:
         return None
 
     def to_dense(self, positions: Positions) -> Tensor:
         return self.keep[(None,) * (4 - self.keep.dim())]
+
+
+def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return all(x == y or x == 1 or y == 1 for x, y in zip(reversed(a), reversed(b), strict=False))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.attention.constraints import (
+    FAR,
     Band,
     Blocks,
     Chunk,
@@ -30,6 +31,7 @@ from fastattn.ops.attention.constraints import (
     Lengths,
     Positions,
     Prefix,
+    whole_number,
 )
 
 Align = Literal["bottom_right", "top_left"]
@@ -56,9 +58,15 @@ class Mask:
         return Mask(tuple(_join(a, b) for a in self.clauses for b in other.clauses))
 
     def __or__(self, other: Mask | Tensor) -> Mask:
+        """What either keeps.
+
+        With a `block_sparse` or a bool tensor in one of the two, `attention` makes one bool tensor
+        ``[B or 1, H or 1, L_q, L_k]`` of them; only two `block_sparse` of which one's block size is a
+        multiple of the other's stay blocks.
+        """
         if not isinstance(other, (Mask, Tensor)):
             return NotImplemented
-        clauses = (*self.clauses, *as_mask(other).clauses)
+        clauses = _alternatives(self.clauses, as_mask(other).clauses)
         return Mask() if any(len(clause) == 0 for clause in clauses) else Mask(clauses)
 
     __rand__ = __and__
@@ -153,6 +161,22 @@ def _join(a: Clause, b: Clause) -> Clause:
     return tuple(joined)
 
 
+def _alternatives(a: tuple[Clause, ...], b: tuple[Clause, ...]) -> tuple[Clause, ...]:
+    """The clauses of both; blocks that are clauses of their own and can be joined are."""
+    found = list(a)
+    for clause in b:
+        for i, mine in enumerate(found):
+            if len(mine) == len(clause) == 1:
+                one, other = mine[0], clause[0]
+                both = one.either(other) if isinstance(one, Blocks) and isinstance(other, Blocks) else None
+                if both is not None:
+                    found[i] = (both,)
+                    break
+        else:
+            found.append(clause)
+    return tuple(found)
+
+
 def causal(align: Align = "bottom_right") -> Mask:
     """A query attends to the keys at and before its own position.
 
@@ -195,6 +219,7 @@ def sliding_window(left: int | None, right: int | None, align: Align = "bottom_r
         A mask.
 
     Raises:
+        TypeError: not an int or None.
         ValueError: a negative number, or another `align`.
 
     Source: Beltagy et al., "Longformer", 2020 (arXiv 2004.05150).
@@ -205,9 +230,11 @@ def sliding_window(left: int | None, right: int | None, align: Align = "bottom_r
                 [1, 1, 0],
                 [0, 1, 1]], dtype=torch.int32)
     """
-    for name, size in (("left", left), ("right", right)):
-        if size is not None and size < 0:
-            raise ValueError(f"sliding_window({name}=): expected 0 or more, or None for all, got {size}")
+    hint = ", or None for all"
+    if left is not None:
+        left = whole_number("sliding_window(left=)", left, 0, hint)
+    if right is not None:
+        right = whole_number("sliding_window(right=)", right, 0, hint)
     return Mask(((Band(left, right, _is_bottom_right("sliding_window", align)),),))
 
 
@@ -235,12 +262,8 @@ def prefix(n: int | Tensor) -> Mask:
                 [1, 1, 1]], dtype=torch.int32)
     """
     if isinstance(n, Tensor):
-        return Mask(((Prefix(_integers("prefix(n)", n)),),))
-    if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)):
-        raise TypeError(f"prefix(n): expected an int or an integer tensor [B], got {type(n).__name__}")
-    if n < 0:
-        raise ValueError(f"prefix(n): expected 0 or more, got {n}")
-    return Mask(((Prefix(n),),))
+        return Mask(((Prefix(_integers("prefix(n)", n).clamp(0, FAR)),),))
+    return Mask(((Prefix(whole_number("prefix(n)", n, 0, ", or an integer tensor [B]")),),))
 
 
 def chunked(size: int, align: Align = "bottom_right") -> Mask:
@@ -256,6 +279,7 @@ def chunked(size: int, align: Align = "bottom_right") -> Mask:
         A mask.
 
     Raises:
+        TypeError: `size` is not an int.
         ValueError: `size` below 1, or another `align`.
 
     Example:
@@ -265,8 +289,7 @@ def chunked(size: int, align: Align = "bottom_right") -> Mask:
                 [0, 0, 1, 0],
                 [0, 0, 1, 1]], dtype=torch.int32)
     """
-    if size < 1:
-        raise ValueError(f"chunked(size): expected 1 or more, got {size}")
+    size = whole_number("chunked(size)", size, 1)
     return Mask(((Chunk(size, _is_bottom_right("chunked", align)),),))
 
 
@@ -355,10 +378,12 @@ def block_sparse(blocks: Tensor, block_size: int | tuple[int, int]) -> Mask:
             of 96 queries are skipped without waste on every CPU.
 
     Returns:
-        A mask.
+        A mask. Joined by ``&`` it stays blocks, which take no memory for the matrix. Joined by ``|``, with
+        anything but another whose block size is a multiple or a divisor of its own, or by ``&`` with one of
+        which that is not true, it makes one bool tensor ``[B or 1, H or 1, L_q, L_k]``.
 
     Raises:
-        TypeError: `blocks` is not a bool tensor.
+        TypeError: `blocks` is not a bool tensor, or `block_size` not an int or two.
         ValueError: `blocks` has neither 2 nor 4 dimensions, or a block size is below 1.
 
     Source: Dao et al., "FlashAttention", NeurIPS 2022 (arXiv 2205.14135), §3.3.
@@ -371,7 +396,10 @@ def block_sparse(blocks: Tensor, block_size: int | tuple[int, int]) -> Mask:
                 [1, 1, 1],
                 [1, 1, 1]], dtype=torch.int32)
     """
-    q_size, k_size = (block_size, block_size) if isinstance(block_size, int) else block_size
+    pair = block_size if isinstance(block_size, (tuple, list)) else (block_size, block_size)
+    if len(pair) != 2:
+        raise TypeError(f"block_sparse(block_size): expected an int or two, got {block_size}")
+    q_size, k_size = (whole_number("block_sparse(block_size)", n, 1, ", or two") for n in pair)
     if not isinstance(blocks, Tensor) or blocks.dtype != torch.bool:
         got = blocks.dtype if isinstance(blocks, Tensor) else type(blocks).__name__
         raise TypeError(f"block_sparse(blocks): expected a bool tensor, got {got}")
@@ -379,8 +407,6 @@ def block_sparse(blocks: Tensor, block_size: int | tuple[int, int]) -> Mask:
         raise ValueError(
             f"block_sparse(blocks): expected [N_q, N_k] or [B, H, N_q, N_k], got {list(blocks.shape)}"
         )
-    if q_size < 1 or k_size < 1:
-        raise ValueError(f"block_sparse(block_size): expected 1 or more, got {block_size}")
     return Mask(((Blocks(blocks[(None,) * (4 - blocks.dim())], q_size, k_size),),))
 
 

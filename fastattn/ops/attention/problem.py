@@ -78,6 +78,8 @@ def resolve(
 ) -> Problem:
     """The problem of arguments that have been checked."""
     q_length, k_length = q.shape[2], k.shape[2]
+    if isinstance(q_start, Tensor):
+        q_start = q_start.to(torch.int64)
     where = (q_length, k_length, q_start, k_start, q.device)
     common, alternatives = _factor(mask)
     # A band is two numbers where one line through the matrix is everybody's diagonal.
@@ -217,6 +219,10 @@ def _by_distance(bias: Bias, mask: Mask, where: Where) -> tuple[Tensor | None, T
         else:
             corner = k_length - q_length if bottom_right else 0
         distance = torch.arange(-q_length, k_length, device=device)[None] - corner
+    # Parts of one batch have their gradients summed over it by themselves, in an order of their own.
+    batch = max(part.batch for part in bias.compact)
+    if batch > 1 and distance.shape[0] == 1:
+        distance = distance.expand(batch, -1)
     total: Tensor | None = None
     for part in bias.compact:
         found = part.at_each(distance)
