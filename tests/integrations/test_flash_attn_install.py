@@ -95,6 +95,41 @@ def test_an_error_inside_uninstalls() -> None:
         raise KeyError
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "instead"),
+    [
+        ("flash_attn_interface", "FlashAttnFunc", "flash_attn_func"),
+        ("bert_padding", "IndexFirstAxis", "index_first_axis"),
+        ("layers.rotary", "ApplyRotaryEmb", "apply_rotary_emb"),
+        ("modules.mha", "MHA", "FlashSelfAttention"),
+        ("modules.mha", "SelfAttention", "FlashSelfAttention"),
+    ],
+)
+def test_a_class_that_is_not_there_says_what_to_use(module: str, name: str, instead: str) -> None:
+    with door.install():
+        with pytest.raises(ImportError, match=f"{name}.*use {instead}"):
+            exec(f"from flash_attn.{module} import {name}")
+        found = importlib.import_module(f"flash_attn.{module}")
+        assert hasattr(found, instead)
+        assert not hasattr(found, "no_such_thing")
+        with pytest.raises(ImportError, match="cannot import name 'no_such_thing'"):
+            exec(f"from flash_attn.{module} import no_such_thing")
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_small_functions(interleaved: bool) -> None:
+    with door.install():
+        from flash_attn.flash_attn_interface import maybe_contiguous
+        from flash_attn.layers.rotary import apply_rotary_emb, apply_rotary_emb_torch
+    x, angle = torch.randn(2, 5, 3, 10), torch.randn(5, 3)
+    want = apply_rotary_emb(x, angle.cos(), angle.sin(), interleaved)
+    for given in (angle, angle.expand(2, 5, 3)):
+        torch.testing.assert_close(apply_rotary_emb_torch(x, given.cos(), given.sin(), interleaved), want)
+    assert maybe_contiguous(None) is None
+    assert maybe_contiguous(x) is x
+    assert maybe_contiguous(x.transpose(2, 3)).is_contiguous()
+
+
 def test_an_error_inside_is_the_one_that_is_raised() -> None:
     with pytest.raises(KeyError, match="the user's"), door.install():
         door.uninstall()

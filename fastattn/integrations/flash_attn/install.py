@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from functools import partial
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
@@ -44,6 +45,8 @@ _ROTARY: Final = (
     "apply_rotary_emb_func",
     "apply_rotary_emb_kv_",
     "apply_rotary_emb_qkv_",
+    "apply_rotary_emb_torch",
+    "rotate_half",
 )
 _MHA: Final = ("FlashCrossAttention", "FlashSelfAttention", "get_alibi_slopes")
 _BERT_PADDING: Final = (
@@ -54,6 +57,33 @@ _BERT_PADDING: Final = (
     "unpad_input",
     "unpad_input_for_concatenated_sequences",
 )
+
+# What flash-attn's modules have besides, and what to use instead.
+_INSTEAD: Final = {
+    "flash_attn.flash_attn_interface": {
+        "FlashAttnFunc": "flash_attn_func",
+        "FlashAttnKVPackedFunc": "flash_attn_kvpacked_func",
+        "FlashAttnQKVPackedFunc": "flash_attn_qkvpacked_func",
+        "FlashAttnVarlenFunc": "flash_attn_varlen_func",
+        "FlashAttnVarlenKVPackedFunc": "flash_attn_varlen_kvpacked_func",
+        "FlashAttnVarlenQKVPackedFunc": "flash_attn_varlen_qkvpacked_func",
+    },
+    "flash_attn.bert_padding": {
+        "IndexFirstAxis": "index_first_axis",
+        "IndexFirstAxisResidual": "index_first_axis_residual",
+        "IndexPutFirstAxis": "index_put_first_axis",
+    },
+    "flash_attn.layers.rotary": {
+        "ApplyRotaryEmb": "apply_rotary_emb",
+        "ApplyRotaryEmbKV_": "apply_rotary_emb_kv_",
+        "ApplyRotaryEmbQKV_": "apply_rotary_emb_qkv_",
+    },
+    "flash_attn.modules.mha": {
+        "CrossAttention": "FlashCrossAttention",
+        "MHA": "FlashSelfAttention between projections of your own",
+        "SelfAttention": "FlashSelfAttention",
+    },
+}
 
 # What was in sys.modules at each install that has not been undone.
 _replaced: Final[list[dict[str, ModuleType]]] = []
@@ -83,7 +113,8 @@ def install() -> Installation:
     There are `flash_attn` with the seven functions and `__version__`, `flash_attn.flash_attn_interface` with
     the private ones as well, `flash_attn.bert_padding`, `flash_attn.layers.rotary`,
     `flash_attn.ops.triton.rotary` and `flash_attn.modules.mha`. Importing any other of its modules raises
-    ModuleNotFoundError. For `importlib.metadata` there is a distribution ``flash-attn``, as long as this
+    ModuleNotFoundError, and of these asking for a class that is not there an ImportError that says what to
+    use instead. For `importlib.metadata` there is a distribution ``flash-attn``, as long as this
     holds.
 
     A flash_attn that is really there is set aside, and is back after `uninstall`. Names that were imported
@@ -152,7 +183,12 @@ def _modules() -> dict[str, ModuleType]:
     wrapped = {f"_wrapped{name}": function for name, function in hidden.items()}
     contents: dict[str, dict[str, Any]] = {
         "flash_attn": {**seven, "__version__": VERSION},
-        "flash_attn.flash_attn_interface": {**seven, **hidden, **wrapped},
+        "flash_attn.flash_attn_interface": {
+            **seven,
+            **hidden,
+            **wrapped,
+            "maybe_contiguous": private.maybe_contiguous,
+        },
         "flash_attn.bert_padding": {name: getattr(bert_padding, name) for name in _BERT_PADDING},
         "flash_attn.layers": {},
         "flash_attn.layers.rotary": {name: getattr(rotary, name) for name in _ROTARY},
@@ -174,10 +210,23 @@ def _modules() -> dict[str, ModuleType]:
         if is_package:
             module.__path__ = []
         module.__dict__.update(content)
+        module.__dict__["__getattr__"] = partial(_missing, name)
         parent, _, last = name.rpartition(".")
         if parent:
             setattr(modules[parent], last, module)
     return modules
+
+
+def _missing(module: str, name: str) -> Any:
+    """The ``__getattr__`` of a module."""
+    instead = _INSTEAD.get(module, {}).get(name)
+    if instead is not None:  # an AttributeError's message would be lost in `from module import name`
+        raise ImportError(
+            f"cannot import name {name!r} from {module!r}: fastattn, which is installed in the place of "
+            f"flash-attn, has no such class; use {instead}",
+            name=module,
+        )
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
 class _Metadata(Distribution):

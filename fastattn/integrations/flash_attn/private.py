@@ -20,6 +20,11 @@ from fastattn.integrations.flash_attn.layouts import Sequences
 from fastattn.ops.attention import attention_backward
 
 
+def maybe_contiguous(x: Tensor | None) -> Tensor | None:
+    """`x`, copied where its last dimension is not dense."""
+    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
+
+
 def _flash_attn_forward(
     q: Tensor,
     k: Tensor,

@@ -56,6 +56,27 @@ def apply_rotary_emb(
 apply_rotary_emb_func = apply_rotary_emb
 
 
+def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
+    """Each pair (a, b) of the last dimension as (-b, a); which are pairs is as in `apply_rotary_emb`."""
+    if interleaved:
+        return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """flash-attn's reference for `apply_rotary_emb`, whose cos and sin may be ``(batch_size, seqlen, …)``."""
+    width = 2 * cos.shape[-1]
+    if width > x.shape[-1]:
+        raise ValueError(f"cos: expected at most {x.shape[-1] // 2} columns, got {cos.shape[-1]}")
+    cos, sin = (
+        (t.repeat_interleave(2, -1) if interleaved else t.repeat(*(1,) * (t.dim() - 1), 2)).unsqueeze(-2)
+        for t in (cos, sin)
+    )
+    turned = x[..., :width]
+    return torch.cat((turned * cos + rotate_half(turned, interleaved) * sin, x[..., width:]), dim=-1)
+
+
 def apply_rotary(
     x: Tensor,
     cos: Tensor,
