@@ -159,7 +159,8 @@ def _textbook(
     }
     added = bias.to_dense(**place, documents=mask.documents if bias.compact else None)
     if added is not None:
-        scores = scores + added.to(q.dtype)
+        # A bias of more digits is not rounded before it is added.
+        scores = (scores + added).to(q.dtype)
     keep = mask.to_dense(**place, batch=q.shape[0], device=q.device)
     if keep is not None:
         scores = scores.masked_fill(~keep, float("-inf"))

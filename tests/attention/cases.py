@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -119,6 +120,11 @@ MASKS: dict[str, Feature] = {
     },
     "block-sparse": lambda s, g: {"mask": _blocks(s, g, 1, 1, (20, 32))},
     "block-sparse-causal": lambda s, g: {"mask": _blocks(s, g, s.batch, s.heads, 16) & fastattn.causal()},
+    "blocks-or-blocks": lambda s, g: {"mask": _blocks(s, g, 1, s.heads, 48) | _blocks(s, g, s.batch, 1, 16)},
+    "far-windows": lambda s, g: {
+        "mask": fastattn.sliding_window(sys.maxsize, 3) & fastattn.chunked(sys.maxsize)
+    },
+    "window-and-prefix": lambda s, g: {"mask": fastattn.sliding_window(3, 0) & fastattn.prefix(2)},
     "two-block-sizes": lambda s, g: {"mask": _blocks(s, g, 1, s.heads, 33) & _blocks(s, g, s.batch, 1, 64)},
     "dense-mask": lambda s, g: {"mask": _keep(g, s.batch, s.heads, s.q_length, s.k_length)},
     "dense-mask-of-keys": lambda s, g: {"mask": _keep(g, s.batch, 1, 1, s.k_length)},
@@ -149,6 +155,16 @@ BIASES: dict[str, Feature] = {
             torch.randn(6, s.heads, generator=g), bidirectional=False, max_distance=20
         )
     },
+    "bias-of-infinities-and-alibi": lambda s, g: {
+        "bias": torch.randn(s.batch, 1, s.q_length, s.k_length, generator=g).masked_fill(
+            ~_keep(g, s.batch, 1, s.q_length, s.k_length), float("-inf")
+        )
+        + fastattn.alibi(torch.rand(s.heads, generator=g))
+    },
+    "half-bias-and-slopes": lambda s, g: {
+        "bias": torch.randn(1, s.heads, 1, s.k_length, generator=g).bfloat16()
+        + fastattn.alibi(torch.rand(s.batch, s.heads, generator=g).half())
+    },
     "sum-of-biases": lambda s, g: {
         "bias": fastattn.alibi(torch.rand(s.heads, generator=g))
         + torch.randn(1, 1, 1, s.k_length, generator=g)
@@ -158,6 +174,7 @@ BIASES: dict[str, Feature] = {
 OTHERS: dict[str, Feature] = {
     "softcap": lambda s, g: {"softcap": 1.5},
     "sinks": lambda s, g: {"sinks": torch.randn(s.heads, generator=g)},
+    "half-sinks": lambda s, g: {"sinks": torch.randn(s.heads, generator=g).bfloat16()},
     "dropout": lambda s, g: {"dropout": 0.3, "seed": 11},
     "scale": lambda s, g: {"scale": -0.4},
     "starts": lambda s, g: {"q_start": 37, "k_start": 5},

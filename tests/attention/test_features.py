@@ -48,6 +48,7 @@ SHAPES = {
     "multi-query": Sizes(1, 6, 1, 33, 40, 8, 8),
     "more queries than keys": Sizes(2, 2, 2, 150, 50, 64, 64),
     "one query": Sizes(3, 4, 2, 1, 150, 32, 32),
+    "decoding": Sizes(2, 4, 2, 3, 150, 24, 17),
     "wide heads": Sizes(1, 2, 1, 40, 70, 130, 200),
 }
 
@@ -58,6 +59,14 @@ SHAPES = {
 def test_shapes(name: str, shape: str) -> None:
     sizes = sizes_for([name], SHAPES[shape])
     assert_within_budget(attention_errors(*sizes.tensors(), backend="cpu", **options_of([name], sizes)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", FEATURES)
+def test_decoding_in_half_precision(name: str) -> None:
+    sizes = sizes_for([name], SHAPES["decoding"])
+    errors = attention_errors(*sizes.tensors(torch.bfloat16), backend="cpu", **options_of([name], sizes))
+    assert_within_budget(errors)
 
 
 @needs_kernels
@@ -234,9 +243,10 @@ def test_empty_rows(backend: str, name: str, with_sinks: bool) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("sizes", [Sizes(1, 2, 1, 260, 260, 16, 16), Sizes(1, 2, 1, 3, 700, 16, 16)], ids=str)
 @pytest.mark.parametrize("name", FEATURES)
-def test_bitwise_for_any_number_of_threads(name: str) -> None:
-    sizes = sizes_for([name], Sizes(1, 2, 1, 260, 260, 16, 16))
+def test_bitwise_for_any_number_of_threads(name: str, sizes: Sizes) -> None:
+    sizes = sizes_for([name], sizes)
     before, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -266,10 +276,12 @@ def of_sequence(b: int, options: Options, batch: int) -> Options:
 
 
 @needs_kernels
+@pytest.mark.parametrize("q_length", [70, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [name for name in FEATURES if name != "dropout"])
-def test_a_sequence_does_not_depend_on_its_neighbours(name: str) -> None:
+def test_a_sequence_does_not_depend_on_its_neighbours(name: str, dtype: torch.dtype, q_length: int) -> None:
     """Bitwise, forward and backward; dropout alone goes by the place in the batch."""
-    sizes = sizes_for([name], Sizes(3, 4, 2, 70, 150, 16, 16))
+    sizes = sizes_for([name], Sizes(3, 4, 2, q_length, 150, 16, 16))
     options = options_of([name], sizes)
 
     def run(tensors: list[Tensor], options: Options) -> list[Tensor]:
@@ -278,7 +290,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours(name: str) -> None:
         loss = out.square().sum() + lse.masked_fill(lse == float("-inf"), 0.0).sum()
         return [out, lse, *torch.autograd.grad(loss, leaves)]
 
-    together = run(list(sizes.tensors()), options)
+    together = run(list(sizes.tensors(dtype)), options)
     for b in range(3):
-        alone = run([x[b : b + 1] for x in sizes.tensors()], of_sequence(b, options, 3))
+        alone = run([x[b : b + 1] for x in sizes.tensors(dtype)], of_sequence(b, options, 3))
         assert all(torch.equal(x[0], y[b]) for x, y in zip(alone, together, strict=True)), b

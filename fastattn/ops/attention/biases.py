@@ -85,8 +85,8 @@ class Alibi(ByDistance):
             slopes = slopes.expand(shape[0], -1)
         slopes = slopes[..., None].expand(-1, -1, rows)
         slopes = slopes[..., None].expand(-1, -1, -1, _ROW)
-        found = (-slopes * far).flatten(2)[..., :length]
-        return found.reshape(*found.shape[:2], *shape[1:])
+        found: Tensor = (-slopes * far).flatten(2)[..., :length].reshape(*slopes.shape[:2], *shape[1:])
+        return found
 
     @property
     def parameter(self) -> Tensor:
