@@ -31,7 +31,8 @@ def scaled_dot_product_attention(
 
     Args:
         query: ``[..., H, L, E]``, float32, bfloat16, float16 or float64 (the reference backend). Any number
-            of leading dimensions, none at all included; those of the three tensors broadcast together.
+            of leading dimensions, none at all included; those of the three tensors broadcast together. Or a
+            nested tensor ``[B, H, ragged, E]`` with layout `torch.jagged`, as key and value then are.
         key: ``[..., H, S, E]``, query's dtype.
         value: ``[..., H, S, E_v]``, query's dtype.
         attn_mask: broadcastable to ``[..., H, L, S]``. Bool: True = may attend. Floating: added to the scaled
@@ -50,7 +51,7 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: shapes that do not fit, with the expected and the given; a dropout outside [0, 1).
         TypeError: dtypes that do not fit.
-        NotImplementedError: nested tensors.
+        NotImplementedError: `attn_mask` with nested tensors.
 
     Source: the signature and meaning are PyTorch 2.13's.
 
@@ -60,6 +61,16 @@ def scaled_dot_product_attention(
         >>> fastattn.scaled_dot_product_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 3, 4, 5, 6])
     """
+    if query.is_nested or key.is_nested or value.is_nested:
+        if attn_mask is not None:
+            raise NotImplementedError("attn_mask: expected None with nested tensors, got a tensor")
+        heads = [x.size(1) for x in (query, key, value)]
+        if not enable_gqa and heads[1:] != heads[:1] * 2:
+            raise ValueError(f"query, key, value: expected the same heads without enable_gqa, got {heads}")
+        mask = causal("top_left") if is_causal else None
+        out = attention(query, key, value, mask=mask, scale=scale, dropout=dropout_p)
+        assert isinstance(out, Tensor)
+        return out
     lead, (q, k, v), options = arguments(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -86,7 +97,7 @@ def explain(
     Returns:
         see `fastattn.explain`.
 
-    Raises: as `scaled_dot_product_attention` does.
+    Raises: as `scaled_dot_product_attention` does, and NotImplementedError for nested tensors.
 
     Example:
         >>> import torch
@@ -115,7 +126,7 @@ def arguments(
 
     Args: those of `scaled_dot_product_attention`.
 
-    Raises: as `scaled_dot_product_attention` does.
+    Raises: as `scaled_dot_product_attention` does, and NotImplementedError for nested tensors.
     """
     if query.is_nested or key.is_nested or value.is_nested:
         raise NotImplementedError("scaled_dot_product_attention: expected dense tensors, got a nested tensor")

@@ -201,6 +201,11 @@ def test_nested_errors() -> None:
         nested_attention(x, x, x)
     with pytest.raises(TypeError, match=r"k: .* got torch.strided, nested: False"):
         nested_attention(turned, torch.zeros(2, 2, 4, 8), turned)
+    for mixed in ((torch.zeros(2, 2, 4, 8), turned, turned), (turned, torch.zeros(2, 2, 4, 8), turned)):
+        with pytest.raises(
+            TypeError, match=r"expected q, k and v nested .* got torch.strided, nested: False"
+        ):
+            fastattn.attention(*mixed)
     with pytest.raises(TypeError, match=r"layout=torch.jagged, got torch.strided, nested: True"):
         old = torch.nested.nested_tensor([torch.zeros(2, 3, 8)], layout=torch.strided)
         nested_attention(old, old, old)

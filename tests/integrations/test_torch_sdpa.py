@@ -274,7 +274,32 @@ def test_errors_name_expected_and_given(arguments, options, error, message):
         fastattn.scaled_dot_product_attention(*arguments, **options)
 
 
-def test_nested_tensors_are_refused():
-    nested = torch.nested.nested_tensor([torch.randn(2, 3, 8), torch.randn(2, 5, 8)], layout=torch.strided)
-    with pytest.raises(NotImplementedError, match="nested"):
-        fastattn.scaled_dot_product_attention(nested, nested, nested)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_nested_tensors(is_causal):
+    parts = [[torch.randn(n, 2, 8) for n in (3, 9)] for _ in range(3)]
+    nested = [torch.nested.nested_tensor(x, layout=torch.jagged).transpose(1, 2) for x in parts]
+    found = fastattn.scaled_dot_product_attention(*nested, is_causal=is_causal, scale=0.3)
+    for got, *own in zip(found.transpose(1, 2).unbind(), *parts, strict=True):
+        alone = [x.transpose(0, 1) for x in own]
+        want = torch.nn.functional.scaled_dot_product_attention(*alone, is_causal=is_causal, scale=0.3)
+        torch.testing.assert_close(got.transpose(0, 1), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_that_are_refused():
+    nested, one_head = (
+        torch.nested.nested_tensor([torch.randn(n, heads, 8) for n in (3, 5)], layout=torch.jagged).transpose(
+            1, 2
+        )
+        for heads in (2, 1)
+    )
+    with pytest.raises(NotImplementedError, match="attn_mask: expected None with nested"):
+        fastattn.scaled_dot_product_attention(nested, nested, nested, torch.ones(5, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="same heads"):
+        fastattn.scaled_dot_product_attention(nested, one_head, one_head)
+    with pytest.raises(TypeError, match="expected q, k and v nested"):
+        fastattn.scaled_dot_product_attention(nested, torch.randn(2, 2, 5, 8), nested)
+    strided = torch.nested.nested_tensor([torch.randn(2, 3, 8), torch.randn(2, 5, 8)], layout=torch.strided)
+    with pytest.raises(TypeError, match=r"layout=torch\.jagged"):
+        fastattn.scaled_dot_product_attention(strided, strided, strided)
