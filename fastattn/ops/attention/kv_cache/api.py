@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,7 +152,7 @@ def explain_with_kv_cache(
         )
 
 
-def _number(name: str, given: float | None) -> float | None:
+def _number(name: str, given: Any) -> Any:
     """Raise for what is none, as long as nothing has been written."""
     if given is None or isinstance(given, (int, float, torch.SymInt, torch.SymFloat)):
         return given
