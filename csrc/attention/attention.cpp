@@ -325,10 +325,7 @@ void attention_backward(FASTATTN_ATTENTION_SAVED, FASTATTN_ATTENTION_OPTIONS, in
   if (wanted & 8) {
     g.dq = rows(dq, q, q), g.dk = rows(dk, k, q), g.dv = rows(dv, v, q);
     AttentionGradients own = g;
-    if (on_the_way)
-      torch::stable::zero_(const_cast<Tensor&>(dbias));
-    else
-      own.dbias = nullptr;
+    if (!on_the_way) own.dbias = nullptr;
     gradients_of_inputs(kernel, p, own, lse);
   }
   if ((wanted & 1) && !on_the_way) {

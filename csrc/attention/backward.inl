@@ -43,7 +43,7 @@ int64_t tile_floats(const AttentionProblem& p) {
   return (2 * kQueryBlock + ROWS) * LD + kQueryBlock * (round_up(p.qk_dim, PANEL) + round_up(p.v_dim, PANEL));
 }
 size_t backward_scratch(const AttentionProblem& p) {
-  const int64_t rows = round_up(key_block(p), ROWS);
+  const int64_t rows = key_block(p) + ROWS;
   const int64_t sums = rows * (round_up(p.qk_dim, PANEL) + round_up(p.v_dim, PANEL));
   return static_cast<size_t>((key_block_floats(p) + tile_floats(p) + sums) * 4 + 16 * 64);
 }
@@ -152,7 +152,7 @@ bool compute_tile(const AttentionProblem& p, const AttentionGradients& g, const 
     }
   }
 
-  const int64_t width = round_up(b.padded, ROWS);
+  const int64_t width = b.padded + ROWS;
   for (int64_t r = 0; r < kQueryBlock; r += ROWS) {
     float *pz = t.p + r * LD, *ds = t.ds + r * LD;
     const uint64_t found = t.found[r / ROWS].some;
@@ -244,13 +244,16 @@ FASTATTN_INLINE uint64_t panels_of(int64_t column) {
   return uint64_t{1} << column / PANEL | uint64_t{1} << min((column + ROWS - 1) / PANEL, 63);
 }
 
-// dbias of a bias that does not broadcast; what is masked throughout is 0 already.
+// dbias of a bias that does not broadcast: dS, 0 where it is masked throughout.
 void copy_bias_tile(const AttentionProblem& p, const AttentionGradients& g, const KeyBlock& b, int64_t head,
-                    int64_t query, const Tile& t) {
+                    int64_t query, const Tile* t) {
   float* to = g.dbias + ((b.batch * p.heads + head) * p.q_length + query) * p.k_length + b.first;
   const int64_t rows = min(kQueryBlock, p.q_length - query);
-  for (int64_t r = 0; r < rows; ++r)
-    if (t.found[r / ROWS].some) memcpy(to + r * p.k_length, t.ds + r * LD, static_cast<size_t>(b.count) * 4);
+  for (int64_t r = 0; r < rows; ++r, to += p.k_length)
+    if (t && t->found[r / ROWS].some)
+      memcpy(to, t->ds + r * LD, static_cast<size_t>(b.count) * 4);
+    else
+      memset(to, 0, static_cast<size_t>(b.count) * 4);
 }
 
 void backward_keys(const AttentionProblem& p, const AttentionGradients& g, int64_t batch, int64_t kv_head,
@@ -259,8 +262,7 @@ void backward_keys(const AttentionProblem& p, const AttentionGradients& g, int64
   const KeyBlock b = pack_keys(p, g, batch, kv_head, block, space);
   Tile t = new_tile(p, space);
   const int64_t qk_stride = round_up(p.qk_dim, PANEL), v_stride = round_up(p.v_dim, PANEL);
-  const int64_t key_rows = round_up(b.count, ROWS),
-                query_blocks = (p.q_length + kQueryBlock - 1) / kQueryBlock;
+  const int64_t key_rows = b.count + ROWS, query_blocks = (p.q_length + kQueryBlock - 1) / kQueryBlock;
   float* dk = space.floats(key_rows * qk_stride);
   float* dv = space.floats(key_rows * v_stride);
   memset(dk, 0, static_cast<size_t>(key_rows * qk_stride) * 4);
@@ -271,26 +273,31 @@ void backward_keys(const AttentionProblem& p, const AttentionGradients& g, int64
     for (int64_t i = 0; i < query_blocks; ++i) {
       const int64_t query = i * kQueryBlock;
       const int64_t* blocks = g.seen_blocks + (batch * query_blocks + i) * 2;
-      if (block < blocks[0] || block >= blocks[1]) continue;
-      const bool any = compute_tile(p, g, b, head, query, true, t);
-      if (any && g.dbias) copy_bias_tile(p, g, b, head, query, t);
-      for (int64_t c = 0; any && c < b.count; c += ROWS) {
-        const uint64_t own = panels_of(c);
-        for (int64_t r = 0, end; r < kQueryBlock; r = end) {  // each run of strips that see these keys
-          end = r;
-          while (end < kQueryBlock && t.found[end / ROWS].some & own) end += ROWS;
-          if (r == end) {
-            end += ROWS;
-            continue;
+      const bool seen = blocks[0] <= block && block < blocks[1];
+      const bool any = seen && compute_tile(p, g, b, head, query, true, t);
+      if (g.dbias) copy_bias_tile(p, g, b, head, query, any ? &t : nullptr);
+      if (!seen) continue;
+      uint64_t found = 0;
+      for (int64_t r = 0; any && r < kQueryBlock; r += ROWS) found |= t.found[r / ROWS].some;
+      for_runs(found, [&](int64_t first, int64_t stop) {
+        for (int64_t c = first; c < min(stop, b.count); c += ROWS) {
+          const uint64_t own = panels_of(c);
+          for (int64_t r = 0, end; r < kQueryBlock; r = end) {  // each run of strips that see these keys
+            end = r;
+            while (end < kQueryBlock && t.found[end / ROWS].some & own) end += ROWS;
+            if (r == end) {
+              end += ROWS;
+              continue;
+            }
+            const int64_t depth = end - r;
+            const Left<1, LD> pz{t.p + r * LD + c, depth, 0}, ds{t.ds + r * LD + c, depth, 0};
+            accumulate<false>(dv + c * v_stride, v_stride, pz, t.dout + r * PANEL, kQueryBlock * PANEL, depth,
+                              p.v_dim, nullptr);
+            accumulate<false>(dk + c * qk_stride, qk_stride, ds, t.q + r * PANEL, kQueryBlock * PANEL, depth,
+                              p.qk_dim, nullptr);
           }
-          const int64_t depth = end - r;
-          const Left<1, LD> pz{t.p + r * LD + c, depth, 0}, ds{t.ds + r * LD + c, depth, 0};
-          accumulate<false>(dv + c * v_stride, v_stride, pz, t.dout + r * PANEL, kQueryBlock * PANEL, depth,
-                            p.v_dim, nullptr);
-          accumulate<false>(dk + c * qk_stride, qk_stride, ds, t.q + r * PANEL, kQueryBlock * PANEL, depth,
-                            p.qk_dim, nullptr);
         }
-      }
+      });
       int32_t* turn = g.turn + (batch * p.heads + head) * query_blocks + i;
       float* dq = g.dq_sum + ((batch * p.heads + head) * g.dq_rows + query) * g.dq_stride;
       await_turn(turn, block - blocks[0]);

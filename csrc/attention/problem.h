@@ -111,7 +111,7 @@ struct AttentionKernels {
   // seen_keys and seen_blocks of one batch.
   void (*backward_seen)(const AttentionProblem&, const AttentionGradients&, int64_t batch);
   // dk and dv of one block of keys, its part of dq in dq_sum, and of dbias where that is not nullptr (it then
-  // does not broadcast, and is zeros before). Blocks of one head may run at the same time, provided that they
+  // does not broadcast). Blocks of one head may run at the same time, provided that they
   // are started in order: each waits for its turn to add, so the sum has one order.
   void (*backward_keys)(const AttentionProblem&, const AttentionGradients&, int64_t batch, int64_t kv_head,
                         int64_t block, char* scratch);

@@ -187,7 +187,11 @@ def _ranges(common: Clause, alternatives: tuple[Clause, ...], where: Where) -> T
         nothing = torch.zeros((1, 1), dtype=torch.int64, device=device)
         first = nothing if first is None else first.clamp(0, k_length)
         end = nothing + k_length if end is None else end.clamp(0, k_length)
-        pairs.append(torch.stack(torch.broadcast_tensors(first, end), dim=-1))
+        if first.shape != end.shape:  # broadcast_tensors, which costs more than all else here
+            first, end = first + torch.zeros_like(end), end + torch.zeros_like(first)
+        pairs.append(torch.stack((first, end), dim=-1))
+    if len(pairs) == 1:
+        return pairs[0][:, None].to(torch.int32)
     shape = torch.broadcast_shapes(*(pair.shape for pair in pairs))
     return torch.stack([pair.expand(shape) for pair in pairs], dim=1).to(torch.int32)
 
