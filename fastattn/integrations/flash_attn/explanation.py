@@ -44,9 +44,10 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         >>> explain(flash_attn_func, q, q, q, causal=True).backend
         'reference'
     """
-    if function not in (*_DENSE, *_VARLEN, flash_attn_with_kvcache):
+    if not any(function is f for f in (*_DENSE, *_VARLEN, flash_attn_with_kvcache)):
         expected = [f.__name__ for f in (*_DENSE, *_VARLEN, flash_attn_with_kvcache)]
-        raise TypeError(f"explain: expected one of {expected}, got {function!r}")
+        got = f"the string {function!r}" if isinstance(function, str) else type(function).__name__
+        raise TypeError(f"explain: expected one of the functions {expected} first, got {got}")
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
