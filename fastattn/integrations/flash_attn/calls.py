@@ -175,5 +175,6 @@ def _documents(q: Sequences, k: Sequences) -> Mask:
 
 
 def check_rank(name: str, x: Tensor, rank: int, layout: str) -> None:
+    """Raise unless x has `rank` dimensions, those of `layout`."""
     if x.dim() != rank:
         raise ValueError(f"{name}: expected {layout}, got {list(x.shape)}")

@@ -144,6 +144,7 @@ class Mask:
 
 
 def documents_of(clause: Clause) -> Documents | None:
+    """The documents that a clause's positions count from."""
     return next((c for c in clause if isinstance(c, Documents)), None)
 
 
