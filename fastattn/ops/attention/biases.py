@@ -175,6 +175,7 @@ class Bias:
         q_start: int | Tensor | None = None,
         k_start: int | None = None,
         documents: Documents | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor | None:
         """The same bias as one tensor.
 
@@ -184,6 +185,7 @@ class Bias:
             q_start: position of the first query, as in `fastattn.attention`.
             k_start: position of the first key, as in `fastattn.attention`.
             documents: where positions count from the start of each of these.
+            rows: int64 ``[R]``, the queries to make it for, instead of all L_q; those `dense` then has.
 
         Returns:
             Broadcastable to ``[B, H, L_q, L_k]``, differentiable; None where there is no bias.
@@ -191,7 +193,7 @@ class Bias:
         total = self.dense
         for part in self.compact:
             device = part.parameter.device
-            positions = Positions(q_length, k_length, q_start, k_start, device, documents)
+            positions = Positions(q_length, k_length, q_start, k_start, device, documents, rows)
             key = torch.arange(k_length, device=device)
             distance = key - positions.diagonal(part.bottom_right)[..., None]  # [B or 1, L_q, L_k]
             found = part.at_each(distance)

@@ -48,6 +48,8 @@ class Positions:
         k_start: position of the first key.
         device: of the tensors made.
         documents: where these are packed, positions count from the start of each.
+        rows: indices of the queries that are asked for, int64 ``[R]``; all L_q if None. Below, L_q is their
+            number.
     """
 
     def __init__(
@@ -58,8 +60,9 @@ class Positions:
         k_start: int | None,
         device: torch.device | str,
         documents: Documents | None = None,
+        rows: Tensor | None = None,
     ) -> None:
-        self.q_length, self.k_length, self.device = q_length, k_length, device
+        self.q_length, self.k_length, self.device, self.rows = q_length, k_length, device, rows
         self.explicit = q_start is not None or k_start is not None
         self.k_start = 0 if k_start is None else k_start
         self.q_start: int | Tensor = 0 if q_start is None else q_start
@@ -70,11 +73,16 @@ class Positions:
                 "q_start, k_start: expected None with documents(...), whose positions count from each "
                 "document's start"
             )
-        self.packing = None if documents is None else documents.packing(q_length, k_length, device)
+        self.packing: tuple[Tensor, ...] | None = None
+        if documents is not None:
+            self.packing = documents.packing(q_length, k_length, device)
+            if rows is not None:
+                self.packing = tuple(x.index_select(1, rows) for x in self.packing)
 
     def queries(self) -> Tensor:
         """Index of each query: int64 ``[1, L_q]``."""
-        return torch.arange(self.q_length, device=self.device)[None]
+        rows = torch.arange(self.q_length, device=self.device) if self.rows is None else self.rows
+        return rows[None]
 
     def diagonal(self, bottom_right: bool) -> Tensor:
         """Index of the key that stands where a query does, there or not: int64 ``[B or 1, L_q]``."""
@@ -295,7 +303,10 @@ class Blocks(Constraint):
         return None
 
     def to_dense(self, positions: Positions) -> Tensor:
-        return self._on_grid(positions.q_length, positions.k_length, 1, 1)
+        if positions.rows is None:
+            return self._on_grid(positions.q_length, positions.k_length, 1, 1)
+        some = replace(self, blocks=self.blocks.index_select(2, positions.rows // self.q_size), q_size=1)
+        return some._on_grid(positions.rows.shape[0], positions.k_length, 1, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,7 +329,8 @@ class Dense(Constraint):
         return None
 
     def to_dense(self, positions: Positions) -> Tensor:
-        return self.keep[(None,) * (4 - self.keep.dim())]
+        keep = self.keep[(None,) * (4 - self.keep.dim())]
+        return keep if positions.rows is None or keep.shape[2] == 1 else keep.index_select(2, positions.rows)
 
 
 def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

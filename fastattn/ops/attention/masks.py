@@ -115,6 +115,7 @@ class Mask:
         q_start: int | Tensor | None = None,
         k_start: int | None = None,
         device: torch.device | str | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor | None:
         """The same mask as one bool tensor.
 
@@ -125,6 +126,7 @@ class Mask:
             q_start: position of the first query, as in `fastattn.attention`.
             k_start: position of the first key, as in `fastattn.attention`.
             device: where to make it; the device of the mask's tensors if None.
+            rows: int64 ``[R]``, the queries to make it for, instead of all L_q.
 
         Returns:
             bool, broadcastable to ``[B, H, L_q, L_k]``, True = may attend; None where nothing is masked.
@@ -135,7 +137,8 @@ class Mask:
         for clause in self.clauses:
             if not clause:
                 return None
-            positions = Positions(q_length, k_length, q_start, k_start, device, documents_of(clause))
+            packed = documents_of(clause)
+            positions = Positions(q_length, k_length, q_start, k_start, device, packed, rows)
             all_of = clause[0].to_dense(positions)
             for constraint in clause[1:]:
                 all_of = all_of & constraint.to_dense(positions)

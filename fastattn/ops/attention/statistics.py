@@ -13,15 +13,12 @@ from torch.autograd.function import once_differentiable
 
 from fastattn.ops.attention.biases import Bias, as_bias
 from fastattn.ops.attention.checks import check_inputs, check_options
-from fastattn.ops.attention.constraints import Blocks, Constraint, Dense, Positions
-from fastattn.ops.attention.masks import Mask, as_mask, documents_of
+from fastattn.ops.attention.masks import Mask, as_mask
 from fastattn.ops.attention.weights import no_autocast
 
 # Probabilities in memory at a time: 4 MiB in float32, and at least one row of every head.
 _BLOCK: Final = 1 << 20
 
-# L_q, L_k, q_start, k_start and the device.
-Place = tuple[int, int, "int | Tensor | None", "int | None", torch.device]
 Field = Literal["column_sums", "row_max", "entropy"]
 _FIELDS: Final = ("column_sums", "row_max", "entropy")
 
@@ -106,7 +103,7 @@ def attention_statistics(
     fields = (fields,) if isinstance(fields, str) else fields
     chosen = _check(fields, top_k, rows, q_length, k_length, q.device)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
-    place: Place = (q_length, k_length, q_start, k_start, q.device)
+    place = {"q_length": q_length, "k_length": k_length, "q_start": q_start, "k_start": k_start}
     inputs = (q, k, bias.dense, sinks, *(part.parameter for part in bias.compact))
 
     def of_rows(
@@ -122,9 +119,10 @@ def attention_statistics(
         compact = (part.of(x) for part, x in zip(bias.compact, parameters, strict=True))
         with no_autocast(q.device):
             scores = _scores(q, k, scale, softcap)
-            added = _bias_rows(Bias(dense, tuple(compact)), mask, index, place)
+            documents = mask.documents if bias.compact else None
+            added = Bias(dense, tuple(compact)).to_dense(**place, documents=documents, rows=index)  # type: ignore[arg-type]
             scores = scores if added is None else scores + added.to(scores.dtype)
-            keep = _mask_rows(mask, index, place)
+            keep = mask.to_dense(batch=q.shape[0], device=q.device, rows=index, **place)  # type: ignore[arg-type]
             scores = scores if keep is None else scores.masked_fill(~keep, float("-inf"))
             return _statistics(scores, sinks, wanted, top_k)
 
@@ -216,7 +214,7 @@ _OF_ROWS: Final = (0, 2)
 def _rows_of(inputs: Sequence[Tensor | None], index: Tensor) -> list[Tensor | None]:
     """Theirs of the inputs that have some; of q one for each even where it is one row."""
     return [
-        x if x is None or i not in _OF_ROWS else x.index_select(2, index) if i == 0 else _pick(x, 2, index)
+        x if x is None or i not in _OF_ROWS or (i > 0 and x.shape[2] == 1) else x.index_select(2, index)
         for i, x in enumerate(inputs)
     ]
 
@@ -263,51 +261,6 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     return scores.view(*q.shape[:3], k.shape[2])
-
-
-def _mask_rows(mask: Mask, index: Tensor, place: Place) -> Tensor | None:
-    """`Mask.to_dense` of the rows at `index`."""
-    keep: Tensor | None = None
-    for clause in mask.clauses:
-        if not clause:
-            return None
-        positions = Positions(*place, documents_of(clause))
-        all_of = _constraint_rows(clause[0], index, positions)
-        for constraint in clause[1:]:
-            all_of = all_of & _constraint_rows(constraint, index, positions)
-        keep = all_of if keep is None else keep | all_of
-    return keep
-
-
-def _constraint_rows(constraint: Constraint, index: Tensor, positions: Positions) -> Tensor:
-    if isinstance(constraint, Dense):
-        return _pick(constraint.to_dense(positions), 2, index)
-    if isinstance(constraint, Blocks):
-        blocks = constraint.blocks[:, :, index // constraint.q_size]
-        return blocks.repeat_interleave(constraint.k_size, 3)[..., : positions.k_length]
-    interval = constraint.interval(positions)
-    assert interval is not None
-    first, end = (None if x is None else _pick(x, 1, index)[:, None, :, None] for x in interval)
-    key = torch.arange(positions.k_length, device=positions.device)
-    keep = torch.ones_like(key, dtype=torch.bool)[None, None, None]
-    keep = keep if first is None else keep & (key >= first)
-    return keep if end is None else keep & (key < end)
-
-
-def _bias_rows(bias: Bias, mask: Mask, index: Tensor, place: Place) -> Tensor | None:
-    """`Bias.to_dense` of the rows at `index`, which are those that its dense part has."""
-    total = bias.dense
-    for part in bias.compact:
-        positions = Positions(*place, mask.documents)
-        key = torch.arange(positions.k_length, device=positions.device)
-        distance = key - _pick(positions.diagonal(part.bottom_right), 1, index)[..., None]  # [B or 1, R, L_k]
-        found = part.at_each(distance)
-        total = found if total is None else total + found
-    return total
-
-
-def _pick(x: Tensor, dim: int, index: Tensor) -> Tensor:
-    return x if x.shape[dim] == 1 else x.index_select(dim, index)
 
 
 def _statistics(
