@@ -6,7 +6,11 @@ else one built from csrc/ into the user's cache, else none, and then one warning
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import importlib.util
 import os
+import re
 import threading
 import warnings
 from functools import cache
@@ -18,12 +22,17 @@ import torch
 from fastattn import _build
 
 # Best first: the order in which `attention` looks for one that can run.
-NAMES: Final = ("cpu", "reference")
+NAMES: Final = ("cpu", "triton", "reference")
 # The C++ kernels' instruction sets and their ids in csrc/common/isa.h, slowest first.
 ISAS: Final = ("scalar", "avx2", "avx512", "wide")
 # CPUs that have the instruction set and on which its kernels have passed the tests.
 TESTED_ON: Final = {"scalar": "AMD Zen 5", "avx2": "AMD Zen 5", "avx512": "AMD Zen 5", "wide": "AMD Zen 5"}
 _WIDE: Final = ISAS.index("wide")  # the 16-lane body on AVX2: for its results, never the default
+# What the Triton kernels need: named tuples as arguments, and an NVIDIA GPU of sm_80 or any of AMD's.
+TRITON: Final = (3, 6)
+CAPABILITY: Final = (8, 0)
+# What `gpu_architecture` calls Triton's interpreter, which runs the kernels in Python, for tests.
+INTERPRETER: Final = "interpreter"
 
 # Set to one of ISAS it takes the place of FASTATTN_ISA; see `fastattn.testing`.
 isa_override: str | None = None
@@ -133,15 +142,101 @@ def _warn(found: Library) -> None:
 
 def unavailable(backend: str) -> list[str]:
     """Why `backend` is not here; empty where it is."""
-    if backend != "cpu":
-        return []
-    found = library()
-    return list(found.notes) if found.path is None else []
+    if backend == "cpu":
+        found = library()
+        return list(found.notes) if found.path is None else []
+    if backend == "triton":
+        return [*_triton_reasons(), *_gpu_reasons()]
+    return []
 
 
 # What torch.compiler.assume_constant_result does. Calling it would import torch._dynamo, and sympy with it:
 # 1.7 s at `import fastattn`.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def unavailable_on(device: torch.device) -> list[str]:
+    """Why the `triton` backend can't run on `device`, one of type cpu or cuda; empty where it can."""
+    return list(_reasons_on(device, interpreting()))
+
+
+unavailable_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is to run the kernels: the environment has TRITON_INTERPRET=1."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def gpu_architecture(device: torch.device) -> str:
+    """What Triton compiles for on `device`: ``"sm_90"``, ``"gfx942"``; ``"interpreter"`` where it interprets.
+
+    Raises:
+        ValueError: neither a GPU nor, for the interpreter, a CPU.
+    """
+    if device.type == "cpu" or interpreting():
+        return INTERPRETER
+    if device.type != "cuda":
+        raise ValueError(f"device: expected one of type cpu or cuda, got {device}")
+    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+gpu_architecture._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _architecture(index: int) -> str:
+    if torch.version.hip is not None:
+        name: str = torch.cuda.get_device_properties(index).gcnArchName
+        return name.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+@cache
+def _triton_version() -> str | None:
+    """Of the module `triton`, without importing it; None where there is none."""
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:  # nothing, or a folder of that name
+        return None
+    # It has other names where it comes with torch for AMD or a nightly torch.
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return str(importlib.import_module("triton").__version__)
+
+
+def _triton_reasons() -> list[str]:
+    version = _triton_version()
+    wanted = ".".join(str(part) for part in TRITON)
+    if version is None:
+        return [f"triton is not installed: pip install 'triton>={wanted}'"]
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < TRITON:
+        return [f"expected triton {wanted} or newer, got {version}"]
+    return []
+
+
+def _gpu_reasons() -> list[str]:
+    if interpreting() or torch.cuda.is_available():
+        return []
+    return [f"torch {torch.__version__} sees no GPU"]
+
+
+@cache
+def _reasons_on(device: torch.device, interpreted: bool) -> tuple[str, ...]:
+    reasons = _triton_reasons()
+    if interpreted:
+        return tuple(reasons)
+    if device.type == "cpu":
+        return (*reasons, "expected TRITON_INTERPRET=1 in the environment with tensors on cpu")
+    reasons += _gpu_reasons()
+    if not reasons and torch.version.hip is None:
+        found = torch.cuda.get_device_capability(device)
+        if found < CAPABILITY:
+            reasons.append(f"expected a GPU of sm_80 or newer, got {gpu_architecture(device)} ({device})")
+    return tuple(reasons)
 
 
 def require(backend: str) -> None:

@@ -39,7 +39,7 @@ BAD = {
     "seed": (lambda: attention(q, kv, kv, dropout=0.1, seed=-1), ValueError, "seed: expected an int in .* got -1"),
     "seed unused": (lambda: attention(q, kv, kv, seed=2**63), ValueError, "seed: expected an int in"),
     "seed dtype": (lambda: attention(q, kv, kv, dropout=0.1, seed=t(1)), ValueError, "seed: expected an int64 tensor .* got torch.float32"),
-    "backend": (lambda: attention(q, kv, kv, backend="cuda"), ValueError, r"backend: expected one of \['cpu', 'reference'\], got 'cuda'"),
+    "backend": (lambda: attention(q, kv, kv, backend="cuda"), ValueError, r"backend: expected one of \['cpu', 'triton', 'reference'\], got 'cuda'"),
     "backend can't": (lambda: attention(q.double(), kv.double(), kv.double(), backend="cpu"), NotImplementedError, "backend='cpu' can't run this: .*float64"),
     "float mask": (lambda: attention(q, kv, kv, mask=t(5, 7)), TypeError, "mask: expected a bool tensor .* bias="),
     "mask type": (lambda: attention(q, kv, kv, mask="causal"), TypeError, r"mask: expected a fastattn mask.* got str; masks are made by a call"),
@@ -99,8 +99,9 @@ def test_explain_says_what_runs_and_why_not_the_others() -> None:
     found = fastattn.explain(q, kv, kv)
     if found.backend == "cpu":
         assert found.isa in ("scalar", "avx2", "avx512")
-        assert found.reasons == {"reference": ["cpu comes first"]}
-        assert str(found).startswith(f"backend: cpu ({found.isa})\n  not reference: ")
+        why = ["expected tensors on a GPU (cuda), got cpu, where its interpreter runs if asked for"]
+        assert found.reasons == {"triton": why, "reference": ["cpu comes first"]}
+        assert str(found).startswith(f"backend: cpu ({found.isa})\n  not triton: expected tensors on a GPU")
     found = fastattn.explain(q.double(), kv.double(), kv.double())
     assert found.backend == "reference" and "float64" in found.reasons["cpu"][0]
     found = fastattn.explain(q, kv, kv, backend="reference")

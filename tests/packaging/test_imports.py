@@ -33,9 +33,29 @@ def test_cold_import() -> None:
     heavy = ("torch._inductor", "torch._dynamo.convert_frame", "torch.distributed.tensor")
     assert not [name for name in new if name.startswith(heavy)]
     # The kernels and what trains wait until they are called for.
-    late = ("fastattn.ops.attention.cpu", "fastattn.gpt2", "fastattn.cli", "fastattn.testing")
+    late = ("fastattn.ops.attention.cpu", "fastattn.ops.attention.triton", "fastattn.gpt2", "fastattn.cli")
+    late += ("fastattn.gpu_check", "fastattn.testing", "triton")
     assert not [name for name in new if name.startswith(late)]
     assert done.stderr == ""
+
+
+FLOPS = """
+{first}
+{second}
+import sys, torch
+from torch.utils.flop_counter import flop_registry
+for name in ("attention_forward", "attention_backward", "attention_decode"):
+    assert getattr(torch.ops.fastattn, name) in flop_registry, name
+assert not [finder for finder in sys.meta_path if "fastattn" in type(finder).__module__]
+"""
+
+
+@pytest.mark.parametrize("counter_first", [False, True])
+def test_the_flop_counter_knows_the_ops_whichever_is_imported_first(counter_first: bool) -> None:
+    both = ["import fastattn", "import torch.utils.flop_counter"]
+    first, second = reversed(both) if counter_first else both
+    code = FLOPS.format(first=first, second=second)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
 
 
 # The rooms of the package, and for each the rooms it may import from besides itself.
@@ -63,7 +83,8 @@ MAY_IMPORT = {
     "ops.weights": {"ops.masks", "ops.biases", "ops.philox"},
     "ops.statistics": {"ops.api", "ops.checks", *MATHEMATICS},
     "ops.reference": MATHEMATICS,
-    "ops.library": MATHEMATICS,
+    "ops.flops": set(),
+    "ops.library": {"ops.flops", *MATHEMATICS},
     "ops.cpu": {"_backends", "ops.library", *MATHEMATICS},
     "ops.triton": {"_backends", "ops.library", *MATHEMATICS},
     "ops.hopper": {"_backends", "ops.library", *MATHEMATICS},
@@ -74,6 +95,7 @@ MAY_IMPORT = {
         "ops",
         "ops.api",
         "ops.checks",
+        "ops.flops",
         "ops.library",
         "ops.reference",
         *MATHEMATICS,
@@ -84,9 +106,10 @@ MAY_IMPORT = {
     "integrations": {*SPEAKS_TO_PEOPLE},
     "compiler": {*SPEAKS_TO_PEOPLE},
     "distributed": {*SPEAKS_TO_PEOPLE},
-    "testing": {"_backends", "ops.reference", *SPEAKS_TO_PEOPLE},
+    "testing": {"_backends", "ops.reference", "ops.triton", *SPEAKS_TO_PEOPLE},
+    "gpu_check": {"_backends", "_build", "cli", "ops.triton", "testing", *SPEAKS_TO_PEOPLE},
     "gpt2": {"_build", "cli", "integrations", "compiler", "distributed", *SPEAKS_TO_PEOPLE},
-    "cli": {"_backends", "_build", "gpt2", *SPEAKS_TO_PEOPLE},
+    "cli": {"_backends", "_build", "gpt2", "gpu_check", *SPEAKS_TO_PEOPLE},
     "__main__": {"cli"},
 }
 BACKENDS = {"ops.reference", "ops.cpu", "ops.triton", "ops.hopper"}

@@ -24,7 +24,8 @@ class Explanation(NamedTuple):
         backend: the backend that would run, or None where none can.
         reasons: for every backend that would not run, why; a backend that could run but is not the best
             says which one is taken before it.
-        isa: the instruction set of the `cpu` backend's kernels, where that is what would run.
+        isa: what the kernels that would run are compiled for: of the `cpu` backend the instruction set, of
+            `triton` the GPU's architecture (``"sm_90"``, ``"gfx942"``), or ``"interpreter"``.
     """
 
     backend: str | None
@@ -91,8 +92,10 @@ def attention(
             `block_sparse` and tensors always go by the indices i and j.
         k_start: the position of its first key.
         return_lse: also return the log-sum-exp of each row's scores.
-        backend: ``"cpu"`` or ``"reference"``; an explicit one never falls back. The best that can run
-            it if None; `fastattn.explain` tells which that is.
+        backend: ``"cpu"`` (the C++ kernels), ``"triton"`` (NVIDIA GPUs of sm_80 and newer, AMD GPUs; on CPU
+            tensors only with TRITON_INTERPRET=1 in the environment, in Triton's interpreter, for tests) or
+            ``"reference"`` (plain PyTorch); an explicit one never falls back. The best that can run it if
+            None; `fastattn.explain` tells which that is.
 
     Returns:
         ``out`` ``[B, H, L_q, D_v]`` in q's dtype; with `return_lse` also ``lse`` ``[B, H, L_q]``, natural
@@ -144,7 +147,7 @@ def attention(
     mask_, bias_ = as_mask(mask), as_bias(bias)
     check_inputs(q, k, v)
     check_options(q, k, mask_, bias_, softcap, sinks, dropout, q_start, k_start)
-    chosen = _choose(q, k, v, backend)
+    chosen = _choose(q, backend)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
     seed = _as_seed(seed, dropout, q.device)
@@ -221,7 +224,7 @@ def attention_backward(
     check_saved(q, v, dout, dlse, out, lse)
     if dropout > 0 and seed is None:
         raise ValueError("seed: expected forward's, which decides what is dropped, got None")
-    chosen = _choose(q, k, v, backend)
+    chosen = _choose(q, backend)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
     seed = _as_seed(seed, dropout, q.device)
@@ -275,16 +278,22 @@ def explain(
     check_inputs(q, k, v)
     check_options(q, k, as_mask(mask), as_bias(bias), softcap, sinks, dropout, q_start, k_start)
     check_seed(seed, q.device)
-    reasons = {name: _unsupported(name, q, k, v) for name in _backends.NAMES}
     if backend is not None:
         _check_name(backend)
+    reasons = {name: _unsupported(name, q, asked=name == backend) for name in _backends.NAMES}
+    if backend is not None:
         chosen = None if reasons[backend] else backend
         taken = f"backend={backend!r} was asked for"
     else:
         chosen = next((name for name in _backends.NAMES if not reasons[name]), None)
         taken = f"{chosen} comes first"
     why = {name: found or [taken] for name, found in reasons.items() if name != chosen}
-    return Explanation(chosen, why, _backends.cpu_isa() if chosen == "cpu" else None)
+    isa = None
+    if chosen == "cpu":
+        isa = _backends.cpu_isa()
+    elif chosen == "triton":
+        isa = _backends.gpu_architecture(q.device)
+    return Explanation(chosen, why, isa)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -317,24 +326,30 @@ def _check_name(backend: str) -> None:
         raise ValueError(f"backend: expected one of {list(_backends.NAMES)}, got {backend!r}")
 
 
-def _unsupported(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
-    """Every reason why `backend` can't do this; the inputs have passed `_check`."""
+def _unsupported(backend: str, q: Tensor, *, asked: bool) -> list[str]:
+    """Every reason why `backend` can't do this, or does not where it was not `asked` for by name; the inputs
+    have passed `check_inputs`."""
+    if backend == "reference":
+        return []
     reasons = []
-    if backend == "cpu":
-        if q.device.type != "cpu":
-            reasons.append(f"expected tensors on cpu, got {q.device}")
-        if q.dtype == torch.float64:
-            reasons.append("expected float32, bfloat16 or float16, got torch.float64")
-        if not reasons:
-            reasons += _backends.unavailable(backend)
+    device = q.device.type
+    if backend == "cpu" and device != "cpu":
+        reasons.append(f"expected tensors on cpu, got {q.device}")
+    if backend == "triton" and device not in (("cuda", "cpu") if asked else ("cuda",)):
+        hint = "" if asked or device != "cpu" else ", where its interpreter runs if asked for"
+        reasons.append(f"expected tensors on a GPU (cuda), got {q.device}{hint}")
+    if q.dtype == torch.float64:
+        reasons.append("expected float32, bfloat16 or float16, got torch.float64")
+    if not reasons:
+        reasons += _backends.unavailable(backend) if backend == "cpu" else _backends.unavailable_on(q.device)
     return reasons
 
 
-def _choose(q: Tensor, k: Tensor, v: Tensor, backend: str | None) -> str:
+def _choose(q: Tensor, backend: str | None) -> str:
     if backend is not None:
         _check_name(backend)
-        reasons = _unsupported(backend, q, k, v)
+        reasons = _unsupported(backend, q, asked=True)
         if reasons:
             raise NotImplementedError(f"backend={backend!r} can't run this: {'; '.join(reasons)}")
         return backend
-    return next(name for name in _backends.NAMES if not _unsupported(name, q, k, v))
+    return next(name for name in _backends.NAMES if not _unsupported(name, q, asked=False))

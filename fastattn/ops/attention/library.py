@@ -1,4 +1,4 @@
-"""Attention as torch ops: schema, fake, gradient, FLOPs, vmap. Speaks to torch, computes nothing.
+"""Attention as torch ops: schema, fake, gradient, vmap. Speaks to torch, computes nothing.
 
 The ops are opaque (the compiler has nothing to fuse inside attention) and carry one trailing `backend`
 argument, so that one schema, one fake and one gradient serve every kernel. The autograd formula sits in
@@ -14,7 +14,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+
+from fastattn.ops.attention import flops
 
 # The fields of `Problem`, in its order.
 _PROBLEM = (
@@ -39,7 +40,7 @@ WANTED: Final = {_BIAS: 1, _RELATIVE: 2, _SINKS: 4}
 WANTED_QKV: Final = 8
 
 # Which module computes for which `backend`; imported when an op first runs on it.
-_KERNELS = {"cpu": "fastattn.ops.attention.cpu"}
+_KERNELS = {"cpu": "fastattn.ops.attention.cpu", "triton": "fastattn.ops.attention.triton"}
 
 
 def _kernels(backend: str) -> Any:
@@ -104,28 +105,6 @@ def new_gradients(
         for i, bit in WANTED.items()
     )
     return (*qkv, *own)
-
-
-def _attention_flops(
-    passes: int, q_shape: Sequence[int], k_shape: Sequence[int], v_shape: Sequence[int]
-) -> int:
-    # The convention of torch's own formulas: the full L_q x L_k rectangle, whatever the mask.
-    batch, heads, q_length, qk_dim = q_shape
-    return passes * 2 * batch * heads * q_length * k_shape[2] * (qk_dim + v_shape[3]) // 2
-
-
-@register_flop_formula(torch.ops.fastattn.attention_forward)
-def _forward_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return _attention_flops(2, q, k, v)
-
-
-@register_flop_formula(torch.ops.fastattn.attention_backward)
-def _backward_flops(
-    dout: Any, dlse: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    wanted = args[-1]
-    of_biases = 2 if wanted & (WANTED[_BIAS] | WANTED[_RELATIVE]) else 0
-    return _attention_flops((5 if wanted & WANTED_QKV else 0) + of_biases, q, k, v)
 
 
 class Attention(torch.autograd.Function):
@@ -323,3 +302,5 @@ class _Bound:
 Attention.forward.__signature__ = _Positional(  # type: ignore[attr-defined]
     list(inspect.signature(Attention.forward).parameters.values())
 )
+
+flops.register("attention_forward", "attention_backward")

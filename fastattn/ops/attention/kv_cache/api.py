@@ -66,7 +66,10 @@ def attention_with_kv_cache(
 
     Raises:
         RuntimeError: a sequence has more keys than the cache has room for, a page that it needs is not in
-            `block_table`, or a row not in the cache. Nothing has been written then.
+            `block_table`, or a row not in the cache. Nothing has been written then. On a GPU these numbers
+            are not read, which would stop its queue: what does not fit is an assertion that fails on the
+            device, which a later call tells and the process does not get over; a torch that was built
+            without these assertions does not tell.
         ValueError: shapes, devices or options that do not fit.
         TypeError: dtypes that do not fit.
         NotImplementedError: `backend` can't do this, with every reason.
@@ -90,7 +93,7 @@ def attention_with_kv_cache(
     scale, softcap = _number("scale", scale), _number("softcap", softcap)
     with torch.no_grad():
         step = _prepare(q, cache, k, v, rotary, mask, bias_, softcap, sinks)
-        chosen = api._choose(step.q, step.k_like, step.v_like, backend)
+        chosen = api._choose(step.q, backend)
         if step.k is not None:
             torch.ops.fastattn.kv_cache_append(
                 cache.k, cache.v, step.k, step.v, step.lengths, *step.where, *step.scales

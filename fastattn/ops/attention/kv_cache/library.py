@@ -9,10 +9,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from fastattn.ops.attention import flops
 from fastattn.ops.attention.library import _PROBLEM as PROBLEM
-from fastattn.ops.attention.library import _attention_flops as attention_flops
 from fastattn.ops.attention.library import _kernels as kernels
 from fastattn.ops.attention.library import new_heads_last
 
@@ -131,14 +130,6 @@ def _fake_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tup
     return new_heads_last(q, batch, heads, length, v_cache.shape[3]), lse
 
 
-@register_flop_formula(torch.ops.fastattn.attention_decode)
-def _decode_flops(
-    q: Any, k_cache: Any, v_cache: Any, totals: Any, left_padding: Any, block_table: Any, *args: Any, **_: Any
-) -> int:
-    slots = k_cache[2] if block_table is None else block_table[1] * k_cache[2]
-    return attention_flops(2, q, (q[0], k_cache[1], slots, k_cache[3]), (q[0], v_cache[1], slots, v_cache[3]))
-
-
 @torch.library.register_fake("fastattn::kv_cache_append")
 def _fake_append(*args: Any) -> None:
     pass
@@ -209,8 +200,8 @@ def check(
 ) -> None:
     """Raise RuntimeError unless there is a slot for each of the keys that are there and that are to come.
 
-    Reads what is in the tensors. Where a CUDA graph is captured they can't be read: then what does not fit
-    is an error on the device when the graph runs.
+    Reads what is in the tensors. On a GPU that would stop the queue: there what does not fit is an
+    assertion that fails on the device.
     """
     rows, page_size = cache.shape[0], cache.shape[2]
     _require(lengths >= 0, "lengths: expected 0 or more", lengths)
@@ -236,25 +227,20 @@ def check(
 def _check_apart(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, batch_index: Tensor | None) -> None:
     """Raise RuntimeError where what is written would overwrite what is written."""
     # Values that are a part of the keys, in the cache and anew, are the same in both.
-    if k_cache.shape == v_cache.shape and k_cache.data_ptr() == v_cache.data_ptr() and not torch.equal(k, v):
-        raise RuntimeError(
-            "fastattn.attention_with_kv_cache: cache.k, cache.v: expected memory of their own, got the same"
-        )
-    # Reading it on a GPU would stop the queue.
-    if batch_index is not None and batch_index.device.type == "cpu":
-        rows = batch_index.tolist()
-        if len(set(rows)) < len(rows):
-            raise RuntimeError(
-                "fastattn.attention_with_kv_cache: batch_index: expected each row once where keys are "
-                f"appended, got {rows}"
-            )
+    if k_cache.shape == v_cache.shape and k_cache.data_ptr() == v_cache.data_ptr():
+        _require(k == v, "cache.k, cache.v: expected memory of their own, got the same")
+    if batch_index is not None:
+        rows = batch_index.sort().values
+        apart = rows[1:] != rows[:-1]
+        _require(apart, "batch_index: expected each row once where keys are appended", batch_index)
 
 
-def _require(fits: Tensor, message: str, given: Tensor) -> None:
-    if fits.is_cuda and torch.cuda.is_current_stream_capturing():
+def _require(fits: Tensor, message: str, given: Tensor | None = None) -> None:
+    message = f"fastattn.attention_with_kv_cache: {message}"
+    if fits.is_cuda:
         torch._assert_async(fits.all(), message)
     elif not bool(fits.all()):
-        raise RuntimeError(f"fastattn.attention_with_kv_cache: {message}, got {given.tolist()}")
+        raise RuntimeError(message if given is None else f"{message}, got {given.tolist()}")
 
 
 class NoGradient(torch.autograd.Function):
@@ -287,3 +273,6 @@ def _gradient(dout: Tensor, dlse: Tensor, x: Tensor) -> Tensor:
 @torch.library.register_fake("fastattn::kv_cache_gradient")
 def _fake_gradient(dout: Tensor, dlse: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+flops.register("attention_decode")
