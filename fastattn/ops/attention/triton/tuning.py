@@ -15,10 +15,11 @@ from typing import Final, NamedTuple
 
 import torch
 
+from fastattn import _backends
+
 TABLE: Final = Path(__file__).with_name("tuning.csv")
 KERNELS: Final = ("forward", "dkdv", "dq", "bias", "relative", "decode")
 DIMS: Final = (16, 32, 64, 128, 256, 512)
-INTERPRETER: Final = "interpreter"
 ANY: Final = "any"
 COLUMNS: Final = (
     "kernel",
@@ -59,6 +60,11 @@ _NEAREST: Final = {
 }
 
 
+# In the place of the device at hand, and of the table: for compiling ahead of time, and for tuning.
+forced_architecture: str | None = None
+forced: Final[dict[str, Config]] = {}
+
+
 class Config(NamedTuple):
     """How a kernel is cut up.
 
@@ -97,7 +103,6 @@ class Row(NamedTuple):
         return self.dtype in (ANY, dtype) and self.causal in (ANY, causal) and self.rich in (ANY, rich)
 
 
-@cache
 def config(kernel: str, arch: str, dim: int, dtype: torch.dtype, causal: bool, rich: bool) -> Config:
     """The block sizes, warps and stages to launch a kernel with.
 
@@ -120,11 +125,16 @@ def config(kernel: str, arch: str, dim: int, dtype: torch.dtype, causal: bool, r
         >>> config("forward", "interpreter", 64, torch.float32, True, False)
         Config(block_q=32, block_k=32, warps=4, stages=1)
     """
+    return forced.get(kernel) or _look_up(kernel, arch, dim, dtype, causal, rich)
+
+
+@cache
+def _look_up(kernel: str, arch: str, dim: int, dtype: torch.dtype, causal: bool, rich: bool) -> Config:
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {list(KERNELS)}, got {kernel!r}")
     if dim not in DIMS:
         raise ValueError(f"dim: expected one of {list(DIMS)}, got {dim}")
-    if arch == INTERPRETER:
+    if arch == _backends.INTERPRETER:
         return Config(32, 32, 4, 1)
     name, by = str(dtype).removeprefix("torch."), ("no", "yes")
     table = _table()
@@ -171,25 +181,16 @@ def shared_memory(arch: str) -> int:
     return next(SHARED_MEMORY[name] for name in relatives(arch) if name in SHARED_MEMORY)
 
 
-@cache
 def architecture(device: torch.device) -> str:
-    """The name in tuning.csv of what `device` is: ``"sm_90"``, ``"gfx942"``, ``"interpreter"`` for a CPU.
+    """The name in tuning.csv of what `device` is: ``"sm_90"``, ``"gfx942"``, ``"interpreter"``.
 
     Raises:
-        ValueError: neither a CPU nor a GPU.
+        ValueError: neither a GPU nor, for the interpreter, a CPU.
     """
-    if device.type == "cpu":
-        return INTERPRETER
-    if device.type != "cuda":
-        raise ValueError(f"device: expected 'cpu' or 'cuda', got {device}")
-    if torch.version.hip is not None:
-        name: str = torch.cuda.get_device_properties(device).gcnArchName
-        return name.partition(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return forced_architecture or _backends.gpu_architecture(device)
 
 
-def read(path: Path = TABLE) -> list[Row]:
+def read(path: Path) -> list[Row]:
     """The rows of a tuning table.
 
     Raises:
@@ -208,7 +209,7 @@ def read(path: Path = TABLE) -> list[Row]:
         return rows
 
 
-def write(rows: Iterable[Row], path: Path = TABLE) -> None:
+def write(rows: Iterable[Row], path: Path) -> None:
     """Write a tuning table in its order; the file is replaced at once, never half written."""
     ordered = sorted(rows, key=_order)
     new = path.with_suffix(".new")
@@ -218,7 +219,12 @@ def write(rows: Iterable[Row], path: Path = TABLE) -> None:
         for row in ordered:
             writer.writerow((*row[:6], *row.config, row.source))
     new.replace(path)
-    config.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    """Read the table anew when a row is next asked for."""
+    _look_up.cache_clear()
     _table.cache_clear()
 
 
@@ -257,7 +263,7 @@ def _order(row: Row) -> tuple[object, ...]:
 @cache
 def _table() -> dict[tuple[str, str, int], tuple[Row, ...]]:
     table: dict[tuple[str, str, int], tuple[Row, ...]] = {}
-    for row in read():
+    for row in read(TABLE):
         key = (row.kernel, row.arch, row.dim)
         table[key] = (*table.get(key, ()), row)
     return table
