@@ -1,4 +1,4 @@
-"""The command `fastattn`: `env`, `train`, `compare`, `bench`.
+"""The command `fastattn`: `env`, `train`, `compare`, `gpu-check`, `bench`.
 
 A subcommand's module is imported when it is chosen, so that `fastattn env` needs torch alone. Such a module
 has `add_arguments(parser)` and `run(args) -> int`.
@@ -28,6 +28,7 @@ from fastattn import _backends, _build
 _COMMANDS: Final = {
     "env": "tell what this installation runs on, and why",
     "train": "train GPT-2 on real text",
+    "gpu-check": "check on this machine's GPU that fastattn is right, and how fast it is",
     "compare": "train with the standard attention and with ours, side by side",
     "bench": "run the benchmarks of a source checkout; further arguments go to pytest",
 }
@@ -95,6 +96,8 @@ def _parse(argv: list[str], chosen: str | None) -> tuple[argparse.Namespace, lis
         what = subparsers["compare"].add_subparsers(dest="what", required=True, metavar="what")
         for name, module in _COMPARISONS.items():
             _add(what.add_parser(name, help="GPT-2"), module)
+    elif chosen == "gpu-check":
+        _add(subparsers["gpu-check"], "fastattn.gpu_check")
     elif chosen == "bench":
         subparsers["bench"].set_defaults(run=lambda args, rest: _bench(rest))
         return parser.parse_known_args(argv)

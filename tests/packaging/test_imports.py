@@ -107,7 +107,7 @@ MAY_IMPORT = {
     "compiler": {*SPEAKS_TO_PEOPLE},
     "distributed": {*SPEAKS_TO_PEOPLE},
     "testing": {"_backends", "ops.reference", "ops.triton", *SPEAKS_TO_PEOPLE},
-    "gpu_check": {"_backends", "_build", "cli", "ops.triton", "testing", *SPEAKS_TO_PEOPLE},
+    "gpu_check": {"gpt2", "integrations", "testing", *SPEAKS_TO_PEOPLE},
     "gpt2": {"_build", "cli", "integrations", "compiler", "distributed", *SPEAKS_TO_PEOPLE},
     "cli": {"_backends", "_build", "gpt2", "gpu_check", *SPEAKS_TO_PEOPLE},
     "__main__": {"cli"},

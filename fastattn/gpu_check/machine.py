@@ -1,0 +1,183 @@
+"""The device that is checked: its clock, its memory, its names. In a dry run it is the CPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+import torch
+
+import fastattn
+
+Moment: TypeAlias = "torch.cuda.Event | float"
+# Device cycles to wait before what is timed, so that the host is ahead of the device from the first kernel.
+_HEAD_START: Final = 1_500_000
+_PROBE: Final = 64 * 2**20
+
+
+class Machine:
+    """A GPU with its own clock and memory, or the CPU in its place.
+
+    Args:
+        dry_run: take the CPU.
+    """
+
+    def __init__(self, dry_run: bool) -> None:
+        self.dry_run = dry_run
+        self.device = torch.device("cpu" if dry_run else "cuda")
+        self._l2: torch.Tensor | None = None
+
+    def synchronize(self) -> None:
+        """Wait for all that was launched."""
+        if not self.dry_run:
+            torch.cuda.synchronize()
+
+    def mark(self) -> Moment:
+        """A moment on the device's clock: when what was launched before it is done."""
+        if self.dry_run:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Moment, end: Moment) -> float:
+        """Milliseconds from one moment to another; both have to have come."""
+        if isinstance(start, float) or isinstance(end, float):
+            assert isinstance(start, float) and isinstance(end, float)
+            return 1e3 * (end - start)
+        elapsed: float = start.elapsed_time(end)
+        return elapsed
+
+    def settle(self) -> None:
+        """Before a sample: nothing of the last one in the L2 cache, and the host ahead of the device."""
+        if self.dry_run:
+            return
+        if self._l2 is None:
+            size = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 0)
+            self._l2 = torch.empty(max(2 * size, _PROBE), dtype=torch.int8, device=self.device)
+        self._l2.zero_()
+        torch.cuda._sleep(_HEAD_START)
+
+    def peak_mb(self, run: Callable[[], object]) -> float | None:
+        """10^6 bytes that the allocator held at most during `run`, beyond what it held before."""
+        if self.dry_run:
+            return None
+        self.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        self.synchronize()
+        return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+
+    def free_bytes(self) -> int:
+        """Memory that is free on the device; 0 in a dry run."""
+        if self.dry_run:
+            return 0
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+    def sm_mhz(self) -> int | None:
+        """The clock that the GPU runs at now."""
+        found = None if self.dry_run else _smi("clocks.sm")
+        return int(found) if found and found.isdigit() else None
+
+
+def kernels_of(machine: Machine, run: Callable[[], object], most: int = 3) -> str:
+    """What `run` really ran: torch's op for its sdpa, and the kernels that took longest, by the profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if not machine.dry_run:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    machine.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        machine.synchronize()
+    found = profile.key_averages()
+    kernels = [event for event in found if event.device_type.name == "CUDA"]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    ops = {_sdpa_op(event.key) for event in found} - {""}
+    names = list(dict.fromkeys(_short(event.key) for event in kernels if not event.key.startswith("Mem")))
+    return " + ".join([*sorted(ops), *names[:most]]) or "the profiler saw none"
+
+
+def _sdpa_op(key: str) -> str:
+    """`aten::_scaled_dot_product_flash_attention` -> `sdpa:flash`."""
+    start = "aten::_scaled_dot_product_"
+    if not key.startswith(start) or key.endswith("_backward"):
+        return ""
+    name = key.removeprefix(start).removesuffix("_for_cpu").removesuffix("_attention")
+    return "sdpa:" + name.removeprefix("attention_")
+
+
+def _short(kernel: str) -> str:
+    return kernel.removeprefix("void ").partition("<")[0].partition("(")[0][:70]
+
+
+def describe(dry_run: bool) -> dict[str, Any]:
+    """The columns that all rows of a run share, without date."""
+    if dry_run:
+        machine, driver = "CPU in the place of a GPU", None
+        cuda = None
+    else:
+        machine = torch.cuda.get_device_name()
+        driver = _smi("driver_version")
+        cuda = torch.version.cuda or f"hip {torch.version.hip}"
+    return {
+        "run": "dry-run" if dry_run else "gpu",
+        "machine": machine,
+        "driver": driver,
+        "cuda": cuda,
+        "torch": str(torch.__version__),
+        "triton": version("triton") or version("pytorch-triton") or version("pytorch-triton-rocm"),
+        "fastattn": fastattn.__version__,
+    }
+
+
+def details(dry_run: bool) -> list[tuple[str, str]]:
+    """What else there is to say of the device: its sizes, clocks and limits."""
+    if dry_run:
+        return [("device", "CPU, host timers: nothing here is a measurement of a GPU")]
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    lines = [
+        ("processors", f"{found.multi_processor_count}"),
+        ("memory", f"{found.total_memory / 2**30:.1f} GiB"),
+        ("architecture", getattr(found, "gcnArchName", "") or f"sm_{found.major}{found.minor}"),
+        ("L2", f"{getattr(found, 'L2_cache_size', 0) / 2**20:.0f} MiB"),
+        ("cuDNN", str(torch.backends.cudnn.version() or "none")),
+    ]
+    for name, query in (
+        ("clocks (SM, memory), MHz", "clocks.sm,clocks.mem"),
+        ("highest clocks, MHz", "clocks.max.sm,clocks.max.mem"),
+        ("power limit, W", "power.limit"),
+        ("temperature, °C", "temperature.gpu"),
+        ("clocks held back by", "clocks_throttle_reasons.active"),
+    ):
+        lines.append((name, _smi(query) or "unknown: nvidia-smi does not tell"))
+    return lines
+
+
+def version(package: str) -> str | None:
+    """The installed version; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _smi(query: str) -> str | None:
+    """What nvidia-smi says of the GPU that torch calls the first; None where it says nothing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    uuid = str(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", ""))
+    which = ["-i", f"GPU-{uuid}"] if uuid else []
+    command = [tool, f"--query-gpu={query}", "--format=csv,noheader,nounits", *which]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = done.stdout.strip().splitlines()
+    return found[0].strip() if found else None

@@ -1,0 +1,229 @@
+"""Attention against every other on the machine: first whether it is right, then how long it takes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fastattn.gpu_check.machine import Moment, kernels_of
+from fastattn.gpu_check.oracle import Truth, results
+from fastattn.gpu_check.peers import OURS, PEERS, Attention, Case, Inputs, version_of
+from fastattn.gpu_check.report import Report, reraise_if_lost, status_of
+from fastattn.gpu_check.timing import Run, columns_of, interleaved
+
+# Implementations that take seconds before their first result.
+COMPILING: Final = (OURS, "flex compiled", "naive compiled", "flash-attn 4")
+PASSES: Final = ("forward", "backward", "both")
+# Batch times length is 16,384 and heads times head_dim 2,048.
+CASES: Final = {
+    "causal D64 1k": Case("causal", 16, 32, 1024, 64),
+    "causal D64 4k": Case("causal", 4, 32, 4096, 64),
+    "causal D64 16k": Case("causal", 1, 32, 16384, 64),
+    "causal D128 8k": Case("causal", 2, 16, 8192, 128),
+    "window": Case("window", 2, 32, 8192, 64),
+    "documents": Case("documents", 2, 32, 8192, 64),
+    "alibi": Case("alibi", 4, 32, 4096, 64),
+    "dropout": Case("dropout", 4, 32, 4096, 64),
+}
+
+
+def tiny(case: Case) -> Case:
+    """The same for the interpreter."""
+    return Case(case.kind, 1, 1, 32, 16, dtype=torch.float32, window=16, count=2)
+
+
+@dataclass
+class Runner:
+    """One implementation and what is known of it.
+
+    Attributes:
+        attention: the call.
+        kernels: what it ran, by pass.
+        errors: share of its budget, by pass; a pass that is not here is not timed.
+        peaks: 10^6 bytes, by pass.
+    """
+
+    attention: Attention
+    kernels: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, float | None] = field(default_factory=dict)
+
+
+def race(report: Report, case: Case) -> None:
+    """Forward alone, then forward and backward, of all implementations in turn; a row for each and pass."""
+    machine = report.machine
+    case = tiny(case) if machine.dry_run else case
+    if not report.begin(case.name):
+        return
+    inputs = Inputs(case, machine.device)
+    columns: dict[str, Any] = {
+        "case": case.name,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "batch": case.batch,
+        "heads": case.heads,
+        "kv_heads": case.heads,
+        "length": case.length,
+        "head_dim": case.dim,
+    }
+    # With dropout each draws in its own way, so that there it is the case without that is checked.
+    sober = (
+        Inputs(Case(**vars(case) | {"kind": "causal"}), machine.device) if case.kind == "dropout" else inputs
+    )
+    truth = Truth(sober)
+    runners: dict[str, Runner] = {}
+    for name in PEERS:
+        own = columns | {"implementation": name, "version": version_of(name)}
+        try:
+            attention = PEERS[name](inputs, report.backend)
+            checked = PEERS[name](sober, report.backend)
+        except Exception as failure:
+            _say(report, own | {"passes": "both"}, name, failure)
+            continue
+        runner = Runner(attention)
+        runners[name] = runner
+        for passes in ("forward", "both"):
+            training = passes == "both"
+
+            def run(attention: Attention = attention, training: bool = training) -> list[Tensor]:
+                return results(attention, inputs, training)
+
+            try:
+                error = truth.check(results(checked, sober, training))
+                runner.peaks[passes] = machine.peak_mb(run)
+                runner.kernels[passes] = kernels_of(machine, run)
+                runner.errors[passes] = error
+            except Exception as failure:
+                for one in ("forward",) if not training else ("backward", "both"):
+                    _say(report, own | {"passes": one}, name, failure)
+    del truth
+    if not machine.dry_run:
+        torch.cuda.empty_cache()
+    # Backward is most of the time.
+    for training, share in ((False, 0.3), (True, 0.7)):
+        _time(report, inputs, columns, runners, training, max(report.left, 4.0) * share)
+
+
+def prepare(report: Report, case: Case) -> None:
+    """Run once what compiles itself, so that its kernels are in the caches on disk when the race begins."""
+    inputs = Inputs(case, report.machine.device)
+    for name in COMPILING:
+        for training in (False, True):
+            # Whatever goes wrong here does so again in the race, and is told there.
+            with contextlib.suppress(Exception):
+                results(PEERS[name](inputs, report.backend), inputs, training)
+
+
+def _say(report: Report, columns: dict[str, Any], name: str, failure: Exception) -> None:
+    status, note = status_of(failure)
+    if name != OURS and status == "failed":
+        status = "refused"
+    report.row(**columns, status=status, note=note)
+    if report.machine.dry_run is False and status == "out of memory":
+        torch.cuda.empty_cache()
+    reraise_if_lost(failure)
+
+
+def _time(
+    report: Report,
+    inputs: Inputs,
+    columns: dict[str, Any],
+    runners: dict[str, Runner],
+    training: bool,
+    seconds: float,
+) -> None:
+    machine, case = report.machine, inputs.case
+    whole = "both" if training else "forward"
+    able = {name: runner for name, runner in runners.items() if whole in runner.errors}
+    if not able:
+        return
+    runs = {name: _run(report, inputs, runner.attention, training) for name, runner in able.items()}
+    taken = interleaved(machine, runs, seconds)
+    mhz = machine.sm_mhz()
+    for name, parts in taken.items():
+        runner = able[name]
+        times = {"forward": parts[0]}
+        if training:
+            times = {"backward": parts[1], "both": [a + b for a, b in zip(*parts, strict=True)]}
+        for passes, samples in times.items():
+            found = columns_of(samples)
+            report.row(
+                **columns,
+                **found,
+                passes=passes,
+                implementation=name,
+                version=version_of(name),
+                kernel=(f"{report.backend}: " if name == OURS else "") + runner.kernels[whole],
+                status="ok",
+                note="checked without dropout" if case.kind == "dropout" else None,
+                error_of_budget=round(runner.errors[whole], 3),
+                tflops=round(case.flops(passes) / found["p50_ms"] / 1e9, 2),
+                peak_mb=runner.peaks[whole] if passes != "backward" else None,
+                sm_mhz=mhz,
+            )
+
+
+def _run(report: Report, inputs: Inputs, attention: Attention, training: bool) -> Run:
+    machine = report.machine
+
+    def forward() -> list[Moment]:
+        with torch.no_grad():
+            start = machine.mark()
+            attention(*inputs.leaves)
+            return [start, machine.mark()]
+
+    def both() -> list[Moment]:
+        start = machine.mark()
+        out = attention(*inputs.leaves)
+        middle = machine.mark()
+        torch.autograd.grad(out, inputs.leaves, inputs.dout)
+        return [start, middle, machine.mark()]
+
+    return both if training else forward
+
+
+def ceilings(report: Report) -> None:
+    """What the device can do at all: a bfloat16 matrix product, and a copy."""
+    machine = report.machine
+    if not report.begin("ceilings"):
+        return
+    size = 256 if machine.dry_run else 8192
+    a, b = (torch.randn(size, size, device=machine.device).bfloat16() for _ in range(2))
+    source, target = copy_buffers(report)
+
+    def timed(run: Callable[[], object]) -> Run:
+        def samples() -> list[Moment]:
+            start = machine.mark()
+            run()
+            return [start, machine.mark()]
+
+        return samples
+
+    runs = {"matmul": timed(lambda: a @ b), "copy": timed(lambda: target.copy_(source))}
+    for name, parts in interleaved(machine, runs, min(5.0, report.seconds / 2)).items():
+        found = columns_of(parts[0])
+        moved = 2 * source.numel() * source.itemsize / found["p50_ms"] / 1e6
+        report.row(
+            case=name,
+            implementation="torch",
+            version=str(torch.__version__),
+            status="ok",
+            dtype="bfloat16" if name == "matmul" else "uint8",
+            length=size if name == "matmul" else None,
+            tflops=round(2 * size**3 / found["p50_ms"] / 1e9, 1) if name == "matmul" else None,
+            gb_per_s=round(moved, 1) if name == "copy" else None,
+            sm_mhz=machine.sm_mhz(),
+            **found,
+        )
+
+
+def copy_buffers(report: Report, size: int = 2**30) -> tuple[Tensor, Tensor]:
+    """Two of a size that no cache holds."""
+    if report.machine.dry_run:
+        size = 2**20
+    source = torch.zeros(size, dtype=torch.uint8, device=report.machine.device)
+    return source, torch.empty_like(source)

@@ -1,0 +1,105 @@
+"""How a step tells the command what it found: lines on standard output, one for each row.
+
+``@begin STEP``, ``@case NAME`` before a case is run, ``@row JSON`` for a result, ``@end STEP``. Whatever else
+libraries print has no ``@`` in front and is passed on only where a step fails.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastattn.gpu_check.machine import Machine
+
+
+class Absent(Exception):
+    """A peer, or a package, that is not here, or does not do this at all; the message says what."""
+
+
+@dataclass
+class Report:
+    """What a step writes to.
+
+    Attributes:
+        step: its name.
+        machine: what it runs on.
+        backend: of `fastattn.attention`.
+        seconds: how long the step may take, about.
+        done: names of cases that were run before, by a process that this one takes the place of.
+    """
+
+    step: str
+    machine: Machine
+    backend: str
+    seconds: float
+    done: Collection[str] = ()
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the step should end."""
+        return self.seconds - (time.monotonic() - self.started)
+
+    def row(self, **columns: Any) -> None:
+        """A result."""
+        print(f"@row {json.dumps({'step': self.step} | columns)}", flush=True)
+
+    def begin(self, case: str) -> bool:
+        """Whether to run the case; says so where the time is over."""
+        if case in self.done:
+            return False
+        if self.left <= 0:
+            self.row(case=case, implementation="fastattn", status="not run", note="time")
+            return False
+        print(f"@case {case}", flush=True)
+        return True
+
+    def check(self, case: str, run: Callable[[], float | None], **columns: Any) -> None:
+        """Run a case of our own and report how it went.
+
+        Args:
+            case: its name.
+            run: raises AssertionError for a wrong result; may return the error as a share of its budget.
+            columns: of the row.
+        """
+        if not self.begin(case):
+            return
+        ours: dict[str, Any] = {"case": case, "implementation": "fastattn", "kernel": self.backend}
+        row = ours | columns
+        try:
+            error = run()
+        except Exception as failure:
+            status, note = status_of(failure)
+            self.row(**row, status=status, note=note)
+            reraise_if_lost(failure)
+        else:
+            self.row(**row, status="ok", error_of_budget=None if error is None else round(error, 3))
+
+    def not_run(self, case: str, why: str) -> None:
+        """A case that can't be run here."""
+        if case not in self.done:
+            self.row(case=case, implementation="fastattn", status="not run", note=why)
+
+
+def status_of(failure: Exception) -> tuple[str, str]:
+    """The word for a failure, and its message in one line."""
+    note = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
+    if isinstance(failure, Absent):
+        return "absent", str(failure)
+    if isinstance(failure, AssertionError):
+        return "wrong", note
+    if isinstance(failure, torch.OutOfMemoryError):
+        return "out of memory", note
+    return "failed", note
+
+
+def reraise_if_lost(failure: Exception) -> None:
+    """Raise what leaves the process without a usable GPU: all after it would fail too."""
+    lost = ("CUDA error", "HIP error", "illegal memory access", "misaligned address", "unspecified launch")
+    if any(word in str(failure) for word in lost):
+        raise failure
