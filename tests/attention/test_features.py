@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,20 +13,35 @@ from torch import Tensor
 import fastattn
 from fastattn.ops.attention.biases import as_bias
 from fastattn.ops.attention.masks import as_mask
-from fastattn.testing import assert_within_budget, attention_errors, present_isas
-from tests.attention.cases import (
+from fastattn.testing import (
     BIASES,
     FEATURES,
-    ROUTES,
-    Options,
+    Errors,
     Sizes,
+    assert_within_budget,
+    attention_errors,
     options_of,
-    route,
+    present_isas,
     sizes_for,
 )
+from tests.attention.cases import KERNELS, ROUTES, device_of, fitted, interpreted, route
 
+Options = dict[str, Any]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_kernels = pytest.mark.skipif(not present_isas(), reason="the C++ library is not here")
+# What a half dtype can change in a kernel: in the interpreter these, anywhere else all.
+OF_HALF = {
+    "causal",
+    "documents-causal",
+    "block-sparse",
+    "dense-mask",
+    "bias-BHQK",
+    "half-bias-and-slopes",
+    "relative-position",
+    "softcap",
+    "half-sinks",
+    "dropout",
+}
 
 
 @pytest.fixture(params=ROUTES)
@@ -34,13 +50,28 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", FEATURES)
-def test_feature(backend: str, name: str, dtype: torch.dtype) -> None:
+@pytest.fixture
+def device(backend: str) -> str:
+    return device_of(backend)
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "dtype"),
+    [
+        pytest.param(r, name, dtype, id=f"{r}-{name}-{dtype}")
+        for r in ROUTES
+        for name in FEATURES
+        for dtype in DTYPES
+        if not interpreted(r) or dtype == torch.float32 or name in OF_HALF
+    ],
+    indirect=["backend"],
+)
+def test_feature(backend: str, device: str, name: str, dtype: torch.dtype) -> None:
     """Few heads for many queries, grouped, and d_v ≠ d throughout."""
-    sizes = sizes_for([name], Sizes(q_length=70 if dtype == torch.float32 else 37))
-    errors = attention_errors(*sizes.tensors(dtype), backend=backend, **options_of([name], sizes))
-    assert_within_budget(errors)
+    sizes = fitted(backend, Sizes(q_length=70 if dtype == torch.float32 else 37))
+    sizes = sizes_for([name], sizes)
+    options = options_of([name], sizes, device=device)
+    assert_within_budget(attention_errors(*sizes.tensors(dtype, device=device), backend=backend, **options))
 
 
 SHAPES = {
@@ -53,60 +84,61 @@ SHAPES = {
 }
 
 
-@needs_kernels
+def errors_of(
+    backend: str, names: list[str], sizes: Sizes, dtype: torch.dtype = torch.float32
+) -> list[Errors]:
+    sizes, device = sizes_for(names, sizes), device_of(backend)
+    options = options_of(names, sizes, device=device)
+    return attention_errors(*sizes.tensors(dtype, device=device), backend=backend, **options)
+
+
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", FEATURES)
-def test_shapes(name: str, shape: str) -> None:
-    sizes = sizes_for([name], SHAPES[shape])
-    assert_within_budget(attention_errors(*sizes.tensors(), backend="cpu", **options_of([name], sizes)))
+def test_shapes(backend: str, name: str, shape: str) -> None:
+    assert_within_budget(errors_of(backend, [name], SHAPES[shape]))
 
 
-@needs_kernels
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @pytest.mark.parametrize("name", FEATURES)
-def test_decoding_in_half_precision(name: str) -> None:
-    sizes = sizes_for([name], SHAPES["decoding"])
-    errors = attention_errors(*sizes.tensors(torch.bfloat16), backend="cpu", **options_of([name], sizes))
-    assert_within_budget(errors)
+def test_decoding_in_half_precision(backend: str, name: str) -> None:
+    assert_within_budget(errors_of(backend, [name], SHAPES["decoding"], torch.bfloat16))
 
 
-@needs_kernels
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @pytest.mark.parametrize("name", FEATURES)
-def test_many_tiles(name: str) -> None:
+def test_many_tiles(backend: str, name: str) -> None:
     """Long enough that whole tiles are skipped, and some are masked in part."""
-    sizes = sizes_for([name], Sizes(1, 2, 1, 500, 1100, 16, 16))
-    assert_within_budget(attention_errors(*sizes.tensors(), backend="cpu", **options_of([name], sizes)))
+    assert_within_budget(errors_of(backend, [name], Sizes(1, 2, 1, 500, 1100, 16, 16)))
 
 
-def leaves_of(sizes: Sizes, options: Options) -> tuple[list[Tensor], Options]:
+def leaves_of(sizes: Sizes, names: list[str], device: str = "cpu") -> tuple[list[Tensor], Options]:
     """q, k, v and what else can have a gradient, and the options made of these leaves."""
+    options = options_of(names, sizes, device=device)
     bias, sinks = as_bias(options.get("bias")), options.get("sinks")
-    dense = None if bias.dense is None else bias.dense.requires_grad_()
-    for part in bias.compact:
-        part.parameter.requires_grad_()
-    if sinks is not None:
-        sinks.requires_grad_()
-    others = [dense, *(part.parameter for part in bias.compact), sinks]
-    return [*(x.requires_grad_() for x in sizes.tensors()), *(x for x in others if x is not None)], options
+    others = [bias.dense, *(part.parameter for part in bias.compact), sinks]
+    leaves = [*sizes.tensors(device=device), *(x for x in others if x is not None)]
+    return [x.requires_grad_() for x in leaves], options
 
 
 def outcome(sizes: Sizes, names: list[str], backend: str = "cpu", **changes: Any) -> list[Tensor]:
     """out, lse and every gradient of a loss that both have a part in."""
-    leaves, options = leaves_of(sizes, options_of(names, sizes))
+    leaves, options = leaves_of(sizes, names, device_of(backend))
     out, lse = fastattn.attention(*leaves[:3], return_lse=True, backend=backend, **(options | changes))
-    weight = torch.linspace(-1, 1, out.shape[2])[:, None]
+    weight = torch.linspace(-1, 1, out.shape[2], device=out.device)[:, None]
     loss = (out * weight).sum() + lse.masked_fill(lse == float("-inf"), 0.0).sin().sum()
     return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 @pytest.mark.parametrize("name", [*BIASES, "sinks"])
-def test_only_the_bias_or_the_sinks_need_a_gradient(backend: str, name: str) -> None:
-    sizes = Sizes(q_length=33, k_length=47)
-    q, k, v = sizes.tensors()
-    leaves, options = leaves_of(sizes, options_of([name, "causal"], sizes))
+def test_only_the_bias_or_the_sinks_need_a_gradient(backend: str, device: str, name: str) -> None:
+    sizes = fitted(backend, Sizes(q_length=33, k_length=47))
+    q, k, v = sizes.tensors(device=device)
+    leaves, options = leaves_of(sizes, [name, "causal"], device)
     found = torch.autograd.grad(
         fastattn.attention(q, k, v, backend=backend, **options).square().sum(), leaves[3:]
     )
-    leaves, options = leaves_of(sizes, options_of([name, "causal"], sizes))
+    leaves, options = leaves_of(sizes, [name, "causal"], device)
     exact = torch.autograd.grad(
         fastattn.attention(*leaves[:3], backend="reference", **options).square().sum(), leaves[3:]
     )
@@ -119,12 +151,12 @@ def test_only_the_bias_or_the_sinks_need_a_gradient(backend: str, name: str) -> 
 @pytest.mark.parametrize(
     "name", ["window", "sinks", "softcap", "alibi", "bias-1HQK", "documents-causal", "dropout"]
 )
-def test_gradient_of_lse_alone(backend: str, name: str) -> None:
+def test_gradient_of_lse_alone(backend: str, device: str, name: str) -> None:
     """z-loss: nothing reaches out."""
     grads = []
     for which, dtype in ((backend, torch.float32), ("reference", torch.float64)):
-        sizes = Sizes(q_length=33, k_length=47)
-        leaves, options = leaves_of(sizes, options_of([name], sizes))
+        sizes = fitted(backend, Sizes(q_length=33, k_length=47))
+        leaves, options = leaves_of(sizes, [name], device)
         q, k, v = (x.to(dtype) for x in leaves[:3])
         lse = fastattn.attention(q, k, v, return_lse=True, backend=which, **options)[1]
         loss = lse.masked_fill(lse == float("-inf"), 0.0).square().mean()
@@ -136,35 +168,42 @@ def test_gradient_of_lse_alone(backend: str, name: str) -> None:
 
 GLOBAL = [
     "causal",
+    "relative-position-decoder",
+    "dropout",
+    "sinks",
     "window",
     "window-both-sides",
     "prefix",
     "first-keys-and-window",
     "chunked",
     "alibi",
-    "relative-position-decoder",
     "softcap",
-    "sinks",
-    "dropout",
 ]
 
 
-@pytest.mark.parametrize("name", GLOBAL)
-def test_shards_make_the_whole(backend: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    # In the interpreter the first, which differ in how they go by positions.
+    [(r, name) for r in ROUTES for name in GLOBAL[: 3 if interpreted(r) else None]],
+    indirect=["backend"],
+)
+def test_shards_make_the_whole(backend: str, device: str, name: str) -> None:
     """A sequence cut into shards of queries and keys, each at its own position, dropout included."""
-    sizes = Sizes(1, 2, 1, 150, 150, 16, 16)
+    length = 66 if interpreted(backend) else 150
+    middle, parts = 61 * length // 150, (0, 37 * length // 150, 129 * length // 150, length)
+    sizes = Sizes(1, 2, 1, length, length, 16, 16)
     names = [name] if name in ("causal", "prefix") else [name, "causal"]
     results = []
     for whole in (True, False):
-        leaves, options = leaves_of(sizes, options_of(names, sizes))
+        leaves, options = leaves_of(sizes, names, device)
         q, k, v = leaves[:3]
         sinks = options.pop("sinks", None)
         if whole:
             out, lse = fastattn.attention(q, k, v, sinks=sinks, return_lse=True, backend=backend, **options)
         else:
             rows = []
-            for a, b in ((0, 61), (61, 150)):
-                parts = [
+            for a, b in ((0, middle), (middle, length)):
+                found = [
                     fastattn.attention(
                         *(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d]),
                         sinks=sinks if c == 0 else None,
@@ -174,12 +213,12 @@ def test_shards_make_the_whole(backend: str, name: str) -> None:
                         backend=backend,
                         **options,
                     )
-                    for c, d in ((0, 37), (37, 129), (129, 150))
+                    for c, d in pairwise(parts)
                 ]
-                rows.append(fastattn.merge_attention(*zip(*parts, strict=True)))
+                rows.append(fastattn.merge_attention(*zip(*found, strict=True)))
             out, lse = (torch.cat(x, 2) for x in zip(*rows, strict=True))
         grads = torch.autograd.grad(
-            (out * torch.linspace(-1, 1, 150)[:, None]).sum() + lse.sin().sum(), leaves
+            (out * torch.linspace(-1, 1, length, device=device)[:, None]).sum() + lse.sin().sum(), leaves
         )
         results.append([out, lse, *grads])
     for a, b in zip(*results, strict=True):
@@ -187,21 +226,21 @@ def test_shards_make_the_whole(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
-def test_strided_masks_and_biases(backend: str, layout: str) -> None:
-    sizes = Sizes(q_length=33, k_length=70)
-    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in sizes.tensors())
+def test_strided_masks_and_biases(backend: str, device: str, layout: str) -> None:
+    sizes = Sizes(heads=2, kv_heads=1, q_length=33, k_length=70)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in sizes.tensors(device=device))
     g = torch.Generator().manual_seed(4)
-    shapes = {"transposed": (2, 4, 70, 33), "expanded": (1, 4, 33, 1), "sliced": (2, 4, 40, 150)}
+    shapes = {"transposed": (2, 2, 70, 33), "expanded": (1, 2, 33, 1), "sliced": (2, 2, 40, 150)}
     change = {
         "transposed": lambda x: x.mT,
-        "expanded": lambda x: x.expand(2, 4, 33, 70),
+        "expanded": lambda x: x.expand(2, 2, 33, 70),
         "sliced": lambda x: x[:, :, 3:36, 2:142:2],
     }[layout]
-    bias = change(torch.randn(shapes[layout], generator=g))
-    blocks = change(torch.rand(shapes[layout], generator=g) < 0.7)
-    mask = fastattn.block_sparse(blocks, 1) & change(torch.rand(shapes[layout], generator=g) < 0.7)
-    sinks = torch.randn(8, generator=g)[::2]
-    slopes = torch.rand(4, 2, generator=g).T
+    bias = change(torch.randn(shapes[layout], generator=g).to(device))
+    blocks, keep = (change((torch.rand(shapes[layout], generator=g) < 0.7).to(device)) for _ in range(2))
+    mask = fastattn.block_sparse(blocks, 1) & keep
+    sinks = torch.randn(4, generator=g).to(device)[::2]
+    slopes = torch.rand(2, 2, generator=g).to(device).T
     options = {"mask": mask, "bias": fastattn.alibi(slopes) + bias, "sinks": sinks}
     assert_within_budget(attention_errors(q, k, v, backend=backend, **options))
 
@@ -224,13 +263,17 @@ EMPTY: dict[str, tuple[fastattn.Mask, slice]] = {
 
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("name", EMPTY)
-def test_empty_rows(backend: str, name: str, with_sinks: bool) -> None:
+def test_empty_rows(backend: str, device: str, name: str, with_sinks: bool) -> None:
     """out 0, lse -inf (or the sink), gradients 0 and never NaN, whatever reaches them."""
     mask, empty = EMPTY[name]
     sizes = Sizes(2, 2, 1, 30, 20, 8, 8)
-    q, k, v = (x.requires_grad_() for x in sizes.tensors())
-    sinks = torch.tensor([0.5, -3.0], requires_grad=True) if with_sinks else None
-    options = {"mask": mask, "softcap": 2.0, "bias": fastattn.alibi(torch.ones(2))}
+    q, k, v = (x.requires_grad_() for x in sizes.tensors(device=device))
+    sinks = torch.tensor([0.5, -3.0], device=device, requires_grad=True) if with_sinks else None
+    options = {
+        "mask": mask.to(device),
+        "softcap": 2.0,
+        "bias": fastattn.alibi(torch.ones(2, device=device)),
+    }
     out, lse = fastattn.attention(q, k, v, sinks=sinks, return_lse=True, backend=backend, **options)
     assert (out[:, :, empty] == 0).all()
     if sinks is None:
@@ -275,22 +318,54 @@ def of_sequence(b: int, options: Options, batch: int) -> Options:
     }
 
 
-@needs_kernels
-@pytest.mark.parametrize("q_length", [70, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [name for name in FEATURES if name != "dropout"])
-def test_a_sequence_does_not_depend_on_its_neighbours(name: str, dtype: torch.dtype, q_length: int) -> None:
+def test_the_same_bits_again() -> None:
+    """On a GPU too, where programs run in any order: no sum is left to it."""
+    backend = KERNELS[-1]
+    if device_of(backend) == "cpu":
+        pytest.skip("of a GPU; on CPU test_bitwise_for_any_number_of_threads has it")
+    sizes = Sizes(2, 8, 2, 500, 700, 64, 64)
+    for names in (
+        ["causal", "bias-1HQK", "sinks"],
+        ["dropout", "alibi", "dense-mask"],
+        ["relative-position"],
+    ):
+        first = outcome(sizes, names, backend)
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(first, outcome(sizes, names, backend), strict=True))
+
+
+# Masks and biases by sequence, by the ways that a kernel comes to its rows.
+OF_SEQUENCES = {"causal", "documents", "key-padding", "block-sparse-causal", "alibi-of-each", "bias-BHQK"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "dtype", "q_length"),
+    [
+        pytest.param(r, name, dtype, q_length, id=f"{r}-{name}-{dtype}-{q_length}")
+        for r in ("cpu", "triton")
+        for name in FEATURES
+        for dtype in (torch.float32, torch.bfloat16)
+        for q_length in (70, 2)
+        if name != "dropout"
+        and (not interpreted(r) or (name in OF_SEQUENCES and dtype == torch.float32 and q_length == 2))
+    ],
+    indirect=["backend"],
+)
+def test_a_sequence_does_not_depend_on_its_neighbours(
+    backend: str, device: str, name: str, dtype: torch.dtype, q_length: int
+) -> None:
     """Bitwise, forward and backward; dropout alone goes by the place in the batch."""
-    sizes = sizes_for([name], Sizes(3, 4, 2, q_length, 150, 16, 16))
-    options = options_of([name], sizes)
+    sizes = sizes_for([name], fitted(backend, Sizes(3, 4, 2, q_length, 150, 16, 16)))
+    options = options_of([name], sizes, device=device)
 
     def run(tensors: list[Tensor], options: Options) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in tensors]
-        out, lse = fastattn.attention(*leaves, return_lse=True, backend="cpu", **options)
+        out, lse = fastattn.attention(*leaves, return_lse=True, backend=backend, **options)
         loss = out.square().sum() + lse.masked_fill(lse == float("-inf"), 0.0).sum()
         return [out, lse, *torch.autograd.grad(loss, leaves)]
 
-    together = run(list(sizes.tensors(dtype)), options)
+    inputs = sizes.tensors(dtype, device=device)
+    together = run(list(inputs), options)
     for b in range(3):
-        alone = run([x[b : b + 1] for x in sizes.tensors(dtype)], of_sequence(b, options, 3))
+        alone = run([x[b : b + 1] for x in inputs], of_sequence(b, options, 3))
         assert all(torch.equal(x[0], y[b]) for x, y in zip(alone, together, strict=True)), b

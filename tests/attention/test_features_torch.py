@@ -12,8 +12,7 @@ import fastattn
 from fastattn.ops.attention.biases import as_bias
 from fastattn.ops.attention.masks import as_mask
 from fastattn.ops.attention.problem import resolve
-from fastattn.testing import present_isas
-from tests.attention.cases import FEATURES, Sizes, options_of, sizes_for
+from fastattn.testing import FEATURES, Sizes, options_of, present_isas, sizes_for
 
 pytestmark = pytest.mark.skipif(not present_isas(), reason="the C++ library is not here")
 OPS = torch.ops.fastattn

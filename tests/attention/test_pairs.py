@@ -8,8 +8,17 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import fastattn
-from fastattn.testing import assert_within_budget, attention_errors, present_isas
-from tests.attention.cases import FEATURES, Sizes, go_together, options_of, route, sizes_for
+from fastattn.testing import (
+    FEATURES,
+    Sizes,
+    assert_within_budget,
+    attention_errors,
+    go_together,
+    options_of,
+    present_isas,
+    sizes_for,
+)
+from tests.attention.cases import route
 
 SETTINGS = {
     "deadline": None,
