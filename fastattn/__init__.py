@@ -2,8 +2,13 @@
 
 `attention` with its masks and biases is the operation; `explain` tells which kernel runs it and why;
 `scaled_dot_product_attention`, `MultiheadAttention` and `CausalSelfAttention` replace torch's and
-nanoGPT's by swapping an import. Importing this package imports torch and nothing else.
+nanoGPT's by swapping an import; `optimize(model)` replaces the attention inside a model by way of
+`torch.compile`. Importing this package imports torch and nothing else.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from fastattn.integrations.torch_sdpa import scaled_dot_product_attention
 from fastattn.nn import CausalSelfAttention, MultiheadAttention
@@ -33,6 +38,10 @@ from fastattn.ops.attention import (
 )
 from fastattn.ops.rotary import rotary
 
+if TYPE_CHECKING:
+    from fastattn import compiler
+    from fastattn.compiler.model import optimize
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -51,11 +60,13 @@ __all__ = [
     "block_sparse",
     "causal",
     "chunked",
+    "compiler",
     "documents",
     "explain",
     "explain_with_kv_cache",
     "key_padding",
     "merge_attention",
+    "optimize",
     "prefix",
     "relative_position",
     "rotary",
@@ -63,3 +74,14 @@ __all__ = [
     "sliding_window",
     "varlen_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`compiler` and `optimize`, which bring torch's compiler with them, when they are asked for."""
+    import importlib  # noqa: PLC0415
+
+    if name == "compiler":
+        return importlib.import_module("fastattn.compiler")
+    if name == "optimize":
+        return importlib.import_module("fastattn.compiler.model").optimize
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,391 @@
+"""What the masks and biases of a site mean.
+
+Everything that masks or is added is taken apart as far as it is known (sums, conjunctions, ``where(keep, 0,
+low)``), and
+each part is one of: shown to be a band around the diagonal, which kernels skip by; a bool tensor, passed on
+as it is; a bias, passed on as it is. What a row gives in which every key is masked by a low finite number is
+kept as well: the softmax of the naive code is uniform there, and `Masking.empty` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+
+from fastattn.compiler import indices
+from fastattn.compiler.axes import NoMatch
+from fastattn.compiler.graph import Call, Size, call_of, is_tensor, same, shape_of, storage_of, value_of
+from fastattn.compiler.indices import Indices, Keep
+from fastattn.compiler.patterns import Site, Term, constant_of
+
+# A score beside this one has no share in its row unless its row's largest is below -9,896.
+LOW: Final = -1e4
+# To this a float32 score of less than 32 adds nothing: the sum is this number.
+ABSORBS: Final = -5e8
+# Largest mask that is computed to see what it is, in elements.
+_LARGEST: Final = 1 << 26
+
+# What a row without keys gives: 0; the values' mean; that, with the gradient the naive code gives its scores.
+ZERO, UNIFORM, UNIFORM_WITH_GRADIENT = 0, 1, 2
+
+
+@dataclass
+class Masking:
+    """All that masks a site and is added to its scores.
+
+    Attributes:
+        left, right: a query sees the keys from `left` before to `right` behind its own; None for all. Ints.
+        bottom_right: its own is key ``i + L_k - L_q``; if not, i.
+        keep: bool tensors, True or False = may attend as `Term.keeps` says; others keep where they are 0.
+        bias: added, times `Term.number`.
+        empty: what a row without keys gives.
+        words: all of it, for the report.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    bottom_right: bool = False
+    keep: list[Term] = field(default_factory=list)
+    bias: list[Term] = field(default_factory=list)
+    empty: int = ZERO
+
+    @property
+    def words(self) -> str:
+        found = []
+        if self.right == 0 and self.left is None:
+            found.append("causal")
+        elif self.left is not None or self.right is not None:
+            found.append(f"window of {self.left} before and {self.right} behind")
+        found += ["bool mask"] * bool(self.keep) + ["bias"] * bool(self.bias)
+        return " & ".join(found) or "no mask"
+
+
+def masking_of(site: Site, meanings: Indices) -> Masking:
+    """What masks a site and is added to its scores.
+
+    Raises:
+        NoMatch: it can't be said exactly.
+    """
+    found = _Finder(site, meanings)
+    for term in site.fills:
+        found.fill(term)
+    for term in site.added:
+        found.add(term)
+    return found.close()
+
+
+class _Finder:
+    def __init__(self, site: Site, meanings: Indices) -> None:
+        self.site, self.meanings = site, meanings
+        self.rights: list[Size] = []
+        self.lefts: list[Size] = []
+        self.masking = Masking()
+        # The finite numbers that mask: by filling, by being added; and those too weak for rows without keys.
+        self.filled: set[float] = set()
+        self.summed: list[float] = []
+        self.weak: list[Term] = []
+
+    def fill(self, term: Term) -> None:
+        if not term.number <= LOW:
+            raise NoMatch(f"a mask that puts in {term.number:g}, which does not hide a key for certain")
+        if term.number > -math.inf:
+            self.filled.add(term.number)
+        self.condition(term.node, term.keeps, term)
+
+    def add(self, term: Term) -> None:
+        """A term of a sum; `term.number` is its factor."""
+        node, call = term.node, call_of(term.node)
+        if call is not None and call.name == "add" and not call.in_place and call.args[2] == 1:
+            parts = call.args[:2]
+            if all(is_tensor(x) and value_of(x).is_floating_point() for x in parts):
+                for part in parts:
+                    self.add(term._replace(node=part))
+                return
+        if (
+            call is not None
+            and not call.in_place
+            and call.name in ("to", "expand", "expand_as", "contiguous")
+        ):
+            source = call.args[0]
+            if is_tensor(source) and value_of(source).is_floating_point():
+                self.add(term._replace(node=source))
+                return
+        if call is not None and call.name == "getitem" and _same_shape(call.args[0], node):
+            self.add(term._replace(node=call.args[0]))
+            return
+        choice = self._choice(term, call)
+        if choice is None:
+            if self._constant(node) is None:  # a constant is the same for a whole row
+                self.masking.bias.append(term)
+            return
+        shown, condition, keeps, low = choice
+        low *= term.number
+        if low == 0:
+            return
+        if not low <= LOW:
+            self.masking.bias.append(term)
+            return
+        if low > ABSORBS:
+            self.weak.append(term)
+        if low > -math.inf:
+            self.summed.append(low)
+        if shown is not None and self._band(shown if keeps else indices.negated(shown), term):
+            return
+        if condition is not None:
+            self.condition(condition, keeps, term)
+        else:
+            self.masking.keep.append(Term(node, term.layout, keeps=True))  # where it is 0
+
+    def _constant(self, node: fx.Node) -> float | None:
+        meaning = self.meanings.of(node)
+        if (
+            isinstance(meaning, indices.Affine)
+            and meaning.constant
+            and isinstance(meaning.const, (int, float))
+        ):
+            return float(meaning.const)
+        return None
+
+    def _choice(
+        self, term: Term, call: Call | None
+    ) -> tuple[Keep | None, fx.Node | None, bool, float] | None:
+        """The condition of an added tensor of two values, one 0: its meaning, its node, whether True gives
+        the 0; and the other value."""
+        meaning = self.meanings.of(term.node)
+        shown, condition = None, None
+        yes: float | None
+        no: float | None
+        if isinstance(meaning, indices.Choice):
+            shown, yes, no = meaning.when, meaning.yes, meaning.no
+        elif call is None or call.in_place or call.name not in ("where", "masked_fill"):
+            return None
+        elif call.name == "where":
+            condition, yes, no = call.args[0], self._number(call.args[1]), self._number(call.args[2])
+        else:
+            condition, yes, no = call.args[1], self._number(call.args[2]), self._number(call.args[0])
+        if yes == 0 and no is not None:
+            return shown, condition, True, no
+        if no == 0 and yes is not None:
+            return shown, condition, False, yes
+        return None
+
+    def _number(self, x: Any) -> float | None:
+        number = constant_of(x)
+        return self._constant(x) if number is None and isinstance(x, fx.Node) else number
+
+    def condition(self, node: Any, keeps: bool, term: Term) -> None:
+        """A condition that masks; `keeps`: True may attend."""
+        if not is_tensor(node):
+            raise NoMatch("a mask that is no tensor")
+        call = call_of(node)
+        if call is not None and not call.in_place:
+            if call.name in ("expand", "expand_as", "contiguous") or (
+                call.name == "to" and _is_bool(call.args[0])
+            ):
+                self.condition(call.args[0], keeps, term)
+                return
+            if call.name == "invert" and _is_bool(call.args[0]):
+                self.condition(call.args[0], not keeps, term)
+                return
+            joined = call.name == ("and_" if keeps else "or_")
+            if joined and all(is_tensor(x) and _is_bool(x) for x in call.args[:2]):
+                for part in call.args[:2]:
+                    self.condition(part, keeps, term)
+                return
+        if not _is_bool(node):
+            raise NoMatch(f"a mask of {value_of(node).dtype}")
+        meaning = self.meanings.of(node)
+        if isinstance(meaning, Keep) and not keeps:
+            meaning = indices.negated(meaning)
+        if isinstance(meaning, Keep) and self._band(meaning, term):
+            return
+        computed = evaluated(node, self.meanings.written)
+        if computed is not None and self._by_values(computed if keeps else ~computed, term):
+            return
+        self.masking.keep.append(Term(node, term.layout, keeps=keeps))
+
+    def _places(self, rank: int, term: Term) -> tuple[int, int] | None:
+        """Which dimensions of a tensor of that rank are the queries and the keys."""
+        layout = self.site.axes.whole(term.layout)
+        dims = layout[len(layout) - rank :] if rank else ()
+        rows = [d for d, axes in enumerate(dims) if axes == (self.site.rows,)]
+        keys = [d for d, axes in enumerate(dims) if axes == (self.site.keys,)]
+        return (rows[0] if rows else -1, keys[0]) if keys else None
+
+    def _band(self, keep: Any, term: Term) -> bool:
+        """Whether a meaning is a band, which then is noted."""
+        if not isinstance(keep, Keep) or keep.never:
+            return False
+        places = self._places(keep.rank, term)
+        if places is None:
+            return not keep.parts
+        lefts, rights = [], []
+        k_length = self.site.axes.sizes[self.site.keys]
+        for part in keep.parts:
+            coef = list(part.coef)
+            b = coef[places[1]]
+            a = coef[places[0]] if places[0] >= 0 else 0
+            coef[places[1]] = 0
+            if places[0] >= 0:
+                coef[places[0]] = 0
+            if any(coef):
+                return False
+            if (a, b) == (1, -1):
+                rights.append(part.const)
+            elif (a, b) == (-1, 1):
+                lefts.append(part.const)
+            else:
+                always = part.const - (k_length - 1) if (a, b) == (0, -1) else part.const
+                if ((a, b) != (0, -1) and min(a, b) < 0) or not _at_least(always, 0):
+                    return False
+        if not all(_known_alignment(x, self.site) for x in (*lefts, *rights)):
+            return False
+        self.lefts += lefts
+        self.rights += rights
+        return True
+
+    def _by_values(self, keep: Tensor, term: Term) -> bool:
+        """Whether a computed mask is a band, which then is noted."""
+        places = self._places(keep.dim(), term)
+        if places is None or places[0] < 0:
+            return bool(keep.all())
+        flat = keep.movedim(places, (-2, -1)).reshape(-1, keep.shape[places[0]], keep.shape[places[1]])
+        one = flat[0]
+        if one.shape[0] == 1 or one.shape[1] == 1 or not bool((flat == one).all()):
+            return bool(keep.all())
+        away = torch.arange(one.shape[1])[None] - torch.arange(one.shape[0])[:, None]
+        kept = away[one]
+        if kept.numel() == 0:
+            return False
+        right, left = int(kept.max()), -int(kept.min())
+        if left < 0 or right < 0 or not torch.equal(one, (away <= right) & (away >= -left)):
+            return False
+        if right < one.shape[1] - 1:
+            self.rights.append(right)
+        if left < one.shape[0] - 1:
+            self.lefts.append(left)
+        return True
+
+    def close(self) -> Masking:
+        site, masking = self.site, self.masking
+        q_length, k_length = site.axes.sizes[site.rows], site.axes.sizes[site.keys]
+        bounds = [*self.lefts, *self.rights]
+        masking.bottom_right = any(type(x) is not int for x in bounds)
+        if masking.bottom_right:
+            corner = k_length - q_length
+            self.rights = [_plain(x - corner) for x in self.rights]
+            self.lefts = [_plain(x + corner) for x in self.lefts]
+        rights = [x for x in self.rights if not _at_least(x, k_length - 1)]
+        lefts = [x for x in self.lefts if not _at_least(x, q_length - 1)]
+        if any(type(x) is not int or x < 0 for x in (*rights, *lefts)):
+            raise NoMatch(f"a mask off the diagonal: from {lefts} before to {rights} behind")
+        masking.right = min(rights, default=None)
+        masking.left = min(lefts, default=None)
+        self._settle_empty(q_length, k_length)
+        return masking
+
+    def _settle_empty(self, q_length: Size, k_length: Size) -> None:
+        masking = self.masking
+        if not self.filled and not self.summed:
+            return
+        full = _at_least(k_length, q_length) or (masking.left is None and masking.right is None)
+        if full and not masking.keep:
+            return  # each query sees its own key
+        zeroed = {term.node for term in self.site.zeros}
+        if zeroed and zeroed == {term.node for term in self.site.fills} and not self.summed:
+            return
+        if self.weak or len(self.filled) + len(self.summed) > 1:
+            raise NoMatch(
+                "masks by finite numbers of which a row may have nothing else: its softmax depends on them"
+            )
+        masking.empty = UNIFORM if self.filled else UNIFORM_WITH_GRADIENT
+
+
+def _plain(x: Any) -> Any:
+    """A symbolic number that is always the same, as an int."""
+    if isinstance(x, torch.SymInt):
+        known = x.node.maybe_as_int()
+        return x if known is None else known
+    return x
+
+
+def _known_alignment(x: Any, site: Site) -> bool:
+    if type(x) is int:
+        return True
+    corner = site.axes.sizes[site.keys] - site.axes.sizes[site.rows]
+    return type(_plain(x - corner)) is int or type(_plain(x + corner)) is int
+
+
+def _at_least(a: Any, b: Any) -> bool:
+    if type(a) is int and type(b) is int:
+        return a >= b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # noqa: PLC0415
+
+    return bool(statically_known_true(a >= b))
+
+
+def _is_bool(x: Any) -> bool:
+    return is_tensor(x) and value_of(x).dtype == torch.bool
+
+
+def _same_shape(a: Any, b: fx.Node) -> bool:
+    if not is_tensor(a):
+        return False
+    x, y = shape_of(a), shape_of(b)
+    return len(x) == len(y) and all(same(i, j) for i, j in zip(x, y, strict=True))
+
+
+_NOT_KNOWN: Final = {"dropout", "bernoulli", "multinomial", "normal", "new_empty", "item"}
+
+
+def _is_known(name: str) -> bool:
+    return name not in _NOT_KNOWN and not name.startswith(("rand", "empty"))
+
+
+def evaluated(node: fx.Node, written: set[int | None]) -> Tensor | None:
+    """The bool tensor of a node that depends on nothing but numbers written in the graph, and lies in none of
+    the memory that is `written` into."""
+    if any(type(n) is not int for n in shape_of(node)) or value_of(node).numel() > _LARGEST:
+        return None
+    order: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+    waiting = [(node, False)]
+    while waiting:
+        one, done = waiting.pop()
+        if done:
+            order.append(one)
+            continue
+        if one in seen:
+            continue
+        seen.add(one)
+        call = call_of(one)
+        if call is None or call.in_place or not _is_known(call.name) or len(seen) > 300:
+            return None
+        if is_tensor(one) and storage_of(one) in written:
+            return None
+        waiting.append((one, True))
+        waiting += [(x, False) for x in one.all_input_nodes]
+    values: dict[fx.Node, Any] = {}
+    try:
+        with _plain_mode():
+            for one in order:
+                given: Any = fx.map_arg((one.args, one.kwargs), values.__getitem__)
+                args = [torch.device("cpu") if isinstance(x, torch.device) else x for x in given[0]]
+                kwargs = {name: x for name, x in given[1].items() if name != "device"}
+                target: Any = one.target
+                call_it = getattr(args.pop(0), target) if one.op == "call_method" else target
+                values[one] = call_it(*args, **kwargs)
+    except Exception:
+        return None  # not known, then
+    found = values[node]
+    return found if isinstance(found, Tensor) and found.dtype == torch.bool else None
+
+
+def _plain_mode() -> Any:
+    from torch._subclasses.fake_tensor import unset_fake_temporarily  # noqa: PLC0415
+
+    return unset_fake_temporarily()
