@@ -17,6 +17,7 @@ from torch import Tensor
 import fastattn
 from fastattn.gpu_check.machine import Machine
 from fastattn.gpu_check.report import Report
+from fastattn.ops.attention.biases import as_bias
 from fastattn.testing import assert_within_budget, attention_errors, cases, poisoned_memory
 
 Options = dict[str, Any]
@@ -156,6 +157,7 @@ class Problem:
         names: features.
         dtype: of q, k and v.
         seed: of the numbers.
+        learn: ask for the gradients of biases and sinks too.
     """
 
     def __init__(
@@ -165,6 +167,7 @@ class Problem:
         names: Sequence[str] = ("causal",),
         dtype: torch.dtype = torch.bfloat16,
         seed: int = 1,
+        learn: bool = False,
     ) -> None:
         self.leaves = [x.requires_grad_() for x in found.tensors(dtype, seed, machine.device)]
         g = torch.Generator().manual_seed(seed)
@@ -172,24 +175,34 @@ class Problem:
         self.dout = torch.randn(shape, generator=g).to(dtype).to(machine.device)
         self.options = cases.options_of(names, found, device=machine.device)
         self.machine = machine
+        for x in _learned(self.options) if learn else ():
+            x.requires_grad_()
 
     def run(self, backend: str) -> list[Tensor]:
-        """out, lse and the gradients of q, k and v."""
+        """out, lse and the gradients of q, k and v, and of what is learned."""
         return both_passes(self.leaves, self.dout, backend, self.options)
 
 
 def both_passes(leaves: Sequence[Tensor], dout: Tensor, backend: str, options: Options) -> list[Tensor]:
-    """out, lse and the gradients of q, k and v."""
+    """out, lse and the gradients of q, k and v, and of biases and sinks that ask for one."""
     found = fastattn.attention(*leaves, backend=backend, return_lse=True, **options)
     assert isinstance(found, tuple)
     out, lse = found
-    return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
+    learned = [x for x in _learned(options) if x.requires_grad]
+    return [out.detach(), lse.detach(), *torch.autograd.grad(out, [*leaves, *learned], dout)]
+
+
+def _learned(options: Options) -> list[Tensor]:
+    bias = as_bias(options.get("bias"))
+    found = [options.get("sinks"), bias.dense, *(part.parameter for part in bias.compact)]
+    return [x for x in found if x is not None]
 
 
 def assert_same_bits(found: Sequence[Tensor], want: Sequence[Tensor], when: str) -> None:
     """Raise where any bit differs."""
-    names = ("out", "lse", "dq", "dk", "dv")
-    differ = [name for name, a, b in zip(names, found, want, strict=False) if not _same_bits(a, b)]
+    names = ("out", "lse", "dq", "dk", "dv", *(f"gradient {i}" for i in range(len(want))))
+    pairs = zip(found, want, strict=True)
+    differ = [name for name, (a, b) in zip(names, pairs, strict=False) if not _same_bits(a, b)]
     assert not differ, f"{when}: expected the same bits, got others in {differ}"
 
 
@@ -239,12 +252,19 @@ def dropout(report: Report) -> None:
 def determinism(report: Report, runs: int = 20) -> None:
     """The same bits in every run, and for a sequence whatever else is in the batch."""
     machine = report.machine
-    features = [(), ("causal",), ("dropout", "alibi"), ("bias-1HQK", "sinks"), ("documents-causal",)]
+    features = [
+        (),
+        ("causal",),
+        ("dropout", "alibi"),
+        ("bias-1HQK", "sinks"),
+        ("bias-BH1K", "relative-position"),
+        ("documents-causal",),
+    ]
     for names in features[1:2] if machine.dry_run else features:
         found = medium(machine)
 
         def run(names: Sequence[str] = names, found: cases.Sizes = found) -> None:
-            problem = Problem(machine, found, names)
+            problem = Problem(machine, found, names, learn=True)
             want = problem.run(report.backend)
             for i in range(2 if machine.dry_run else runs):
                 assert_same_bits(problem.run(report.backend), want, f"run {i + 2}")

@@ -1,7 +1,8 @@
 """`python -m fastattn.gpu_check.child ORDER`: runs steps one after another and tells of them (`report.py`).
 
 ORDER is JSON: ``steps`` (names), ``seconds`` (for all of them), ``dry_run``, ``backend``, ``done`` (by step
-the cases that are not to be run again) and ``memory`` (the share of the device's that it may take, or null).
+the cases that were run before), ``lost`` (of these the ones that took their process with them) and ``memory``
+(the share of the device's that it may take, or null).
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def main(order: dict[str, Any]) -> None:
         weights = [known[one].weight for one in names[i:]]
         seconds = max(end - time.monotonic(), 0.0) * weights[0] / sum(weights)
         print(f"@begin {name}", flush=True)
-        report = Report(name, machine, order["backend"], seconds, order["done"].get(name, ()))
+        report = Report(
+            name, machine, order["backend"], seconds, order["done"].get(name, ()), order["lost"].get(name, ())
+        )
         try:
             known[name].run(report)
         except Exception as failure:

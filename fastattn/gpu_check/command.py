@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -25,7 +26,10 @@ from fastattn.gpu_check.rows import BAD, Rows
 # Of the budget: until when the checks and what goes on beside them, the sanitizer, and the races may last.
 _CHECKS_END: Final = 0.4
 _SANITIZER_END: Final = 0.5
+# Seconds that what needs the whole device's memory has at the least.
+_ALONE: Final = 25.0
 TOOLS: Final = ("memcheck", "racecheck")
+_RESULTS: Final = Path(__file__).resolve().parents[2] / "bench" / "results"
 _OWN: Final = ("fastattn", "fastattn.gpt2, fastattn", "transformers, fastattn")
 
 
@@ -81,9 +85,15 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         print(f"fastattn gpu-check: {missing}; --dry-run proves the command itself on a CPU", file=sys.stderr)
         return 1
+    if args.dry_run and args.output is not None and _RESULTS in args.output.resolve().parents:
+        print(
+            f"fastattn gpu-check: --dry-run measures nothing: expected no --output in {_RESULTS}",
+            file=sys.stderr,
+        )
+        return 1
     common = describe(args.dry_run)
     common |= {"date": date.today().isoformat(), "started": datetime.now().strftime("%H:%M:%S")}
-    path = args.output or _default_output(common["machine"], args.dry_run)
+    path = args.output or default_output(common["machine"], args.dry_run)
     try:
         rows = Rows(path, common)
     except (OSError, ValueError) as error:
@@ -95,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name:<26} {value}")
     print(f"{'rows':<26} {path}", flush=True)
     check = Check(args, rows)
+    before = signal.signal(signal.SIGTERM, _interrupt)  # so that no child is left behind
     groups: dict[str, list[str]] = {}
     for name, step in known.items():
         groups.setdefault(step.group, []).append(name)
@@ -105,8 +116,13 @@ def run(args: argparse.Namespace) -> int:
         check.stop.set()
         interrupted = True
     finally:
+        signal.signal(signal.SIGTERM, before)
         rows.close()
     return check.verdict(interrupted)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 class Check:
@@ -142,7 +158,7 @@ class Check:
         later = any(group in groups for group in ("sanitizer", "bench"))
         checks_end = self._at(_CHECKS_END if later else 1.0)
         self._side_by_side(together, checks_end)
-        self._one(groups.get("alone", ()), checks_end)
+        self._one(groups.get("alone", ()), max(checks_end, time.monotonic() + _ALONE))
         if "sanitizer" in groups:
             self._sanitize(groups["sanitizer"], self._at(_SANITIZER_END if "bench" in groups else 1.0))
         self._one(groups.get("bench", ()), self._at(1.0))
@@ -201,15 +217,16 @@ class Check:
             prefix = [tool, "--tool", name, "--error-exitcode", "99"]
             variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             said: list[Mapping[str, Any]] = []
-            status = run_batch(
+            outcome = run_batch(
                 self._batch(steps, until, prefix=prefix, variables=variables), said.append, self.stop
             )
             bad = [r for r in said if _is_bad(r)]
-            if status == 0 and not bad:
+            if outcome.status == 0 and not bad:
                 self.add(row | {"status": "ok"})
-            else:
-                note = "; ".join(str(r.get("note")) for r in bad) or f"exit status {status}"
-                self.add(row | {"status": "failed", "note": note[:600]})
+                continue
+            notes = [str(r.get("note")) for r in bad] or [f"exit status {outcome.status}"]
+            notes += [line for line in outcome.tail if line.startswith("=========")]
+            self.add(row | {"status": "failed", "note": "; ".join(notes)[:800]})
         self.say("sanitizer")
 
     def say(self, step: str) -> None:
@@ -276,10 +293,10 @@ def find_sanitizer() -> str | None:
     )
 
 
-def _default_output(machine: str, dry_run: bool) -> Path:
+def default_output(machine: str, dry_run: bool) -> Path:
+    """Where rows of a machine go on a day; those of a dry run into a folder for temporary files."""
     if dry_run:
         return Path(tempfile.mkdtemp(prefix="fastattn-")) / "dry-run.csv"
     name = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    results = Path(__file__).resolve().parents[2] / "bench" / "results"
-    folder = results if results.is_dir() else Path.cwd()
+    folder = _RESULTS if _RESULTS.is_dir() else Path.cwd()
     return folder / f"{name}-{date.today().isoformat()}.csv"

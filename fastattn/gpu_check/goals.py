@@ -43,8 +43,8 @@ def _goals() -> Iterable[Goal]:
             yield Goal(case, "backward", "sdpa flash", 1.1, 1.6)
     yield Goal(CASES["causal D64 1k"].name, "both", "naive", 6, 9)
     yield Goal(CASES["causal D64 4k"].name, "both", "naive", 9, 12)
-    yield Goal("decode 32:8, D 128", "forward", "copy", 0.75, 0.92)
-    yield Goal("decode 12:12, D 64", "forward", "copy", 0.75, 0.92)
+    yield Goal("decode 32:8 D128", "forward", "copy", 0.75, 0.92)
+    yield Goal("decode 12:12 D64", "forward", "copy", 0.75, 0.92)
     eager, standard = "transformers, eager", "fastattn.gpt2, standard"
     yield Goal("GPT-2 step", "step", eager, 3, 5, ours="fastattn.gpt2, fastattn")
     yield Goal("GPT-2 step", "step", standard, 3, 5, ours="fastattn.gpt2, fastattn")

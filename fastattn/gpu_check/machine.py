@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ import fastattn
 Moment: TypeAlias = "torch.cuda.Event | float"
 # Device cycles to wait before what is timed, so that the host is ahead of the device from the first kernel.
 _HEAD_START: Final = 1_500_000
-_PROBE: Final = 64 * 2**20
+_LEAST_FLUSH: Final = 64 * 2**20
+# What else the profiler has on the device's line: copies, and torch.compile's names for regions.
+_NO_KERNELS: Final = ("Mem", "##", "Torch-Compiled", "CompiledFx")
 
 
 class Machine:
@@ -58,7 +61,7 @@ class Machine:
             return
         if self._l2 is None:
             size = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 0)
-            self._l2 = torch.empty(max(2 * size, _PROBE), dtype=torch.int8, device=self.device)
+            self._l2 = torch.empty(max(2 * size, _LEAST_FLUSH), dtype=torch.int8, device=self.device)
         self._l2.zero_()
         torch.cuda._sleep(_HEAD_START)
 
@@ -77,6 +80,7 @@ class Machine:
         """Memory that is free on the device; 0 in a dry run."""
         if self.dry_run:
             return 0
+        gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
@@ -96,10 +100,10 @@ def kernels_of(machine: Machine, run: Callable[[], object], most: int = 3) -> st
         run()
         machine.synchronize()
     found = profile.key_averages()
-    kernels = [event for event in found if event.device_type.name == "CUDA"]
+    kernels = [e for e in found if e.device_type.name == "CUDA" and not e.key.startswith(_NO_KERNELS)]
     kernels.sort(key=lambda event: -event.self_device_time_total)
     ops = {_sdpa_op(event.key) for event in found} - {""}
-    names = list(dict.fromkeys(_short(event.key) for event in kernels if not event.key.startswith("Mem")))
+    names = list(dict.fromkeys(_short(event.key) for event in kernels))
     return " + ".join([*sorted(ops), *names[:most]]) or "the profiler saw none"
 
 
@@ -131,7 +135,10 @@ def describe(dry_run: bool) -> dict[str, Any]:
         "driver": driver,
         "cuda": cuda,
         "torch": str(torch.__version__),
-        "triton": version("triton") or version("pytorch-triton") or version("pytorch-triton-rocm"),
+        "triton": next(
+            filter(None, map(version, ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm"))),
+            None,
+        ),
         "fastattn": fastattn.__version__,
     }
 
@@ -144,7 +151,7 @@ def details(dry_run: bool) -> list[tuple[str, str]]:
     lines = [
         ("processors", f"{found.multi_processor_count}"),
         ("memory", f"{found.total_memory / 2**30:.1f} GiB"),
-        ("architecture", getattr(found, "gcnArchName", "") or f"sm_{found.major}{found.minor}"),
+        ("architecture", found.gcnArchName if torch.version.hip else f"sm_{found.major}{found.minor}"),
         ("L2", f"{getattr(found, 'L2_cache_size', 0) / 2**20:.0f} MiB"),
         ("cuDNN", str(torch.backends.cudnn.version() or "none")),
     ]

@@ -16,10 +16,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from fastattn.gpu_check.rows import BAD
+
 # How often a step is begun again behind a case that took its process with it.
 ATTEMPTS: Final = 3
 _TAIL: Final = 25
+# Seconds without a word, in which the slowest kernel is compiled, until a process is taken to hang.
+_SILENCE: Final = 120.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the last process of a batch ended.
+
+    Attributes:
+        status: its exit status; None where it had to be ended.
+        tail: what it printed last.
+    """
+
+    status: int | None = 0
+    tail: Sequence[str] = ()
+
+
 Sink = Callable[[Mapping[str, Any]], None]
+# By step, cases.
+Keys = dict[str, list[str]]
 
 
 @dataclass
@@ -28,11 +49,11 @@ class Batch:
 
     Attributes:
         steps: names.
-        order: of `child.py`, without steps, seconds and done.
+        order: of `child.py`, without steps, seconds, done and lost.
         end: on `time.monotonic`'s clock, when they should be done.
         grace: seconds behind `end` after which they are ended.
         prefix: words before the command, as those of compute-sanitizer.
-        dry_run: run Triton's interpreter, and see no GPU.
+        environment: variables of its own.
     """
 
     steps: Sequence[str]
@@ -53,7 +74,7 @@ def environment_of(dry_run: bool) -> dict[str, str]:
 
 def run_batch(
     batch: Batch, sink: Sink, stop: threading.Event, ended: Callable[[str], None] = lambda name: None
-) -> int | None:
+) -> Outcome:
     """Run the steps, each in the first process that gets to it.
 
     Args:
@@ -63,39 +84,34 @@ def run_batch(
         ended: told of each step behind its last row.
 
     Returns:
-        The exit status of the last process; None where it had to be ended.
+        How the last process ended.
     """
-    left, done = list(batch.steps), {name: list[str]() for name in batch.steps}
-    attempts = dict.fromkeys(batch.steps, 0)
-    status: int | None = 0
+    left = list(batch.steps)
+    done: Keys = {name: [] for name in left}
+    lost: Keys = {name: [] for name in left}
+    outcome = Outcome()
     while left and not stop.is_set():
-        order = dict(batch.order) | {"steps": left, "done": done}
+        order = dict(batch.order) | {"steps": left, "done": done, "lost": lost}
         order["seconds"] = max(batch.end - time.monotonic(), 0.0)
         child = _Child([*batch.prefix, sys.executable, "-m", "fastattn.gpu_check.child"], order, batch)
         status = child.follow(sink, done, stop, ended)
+        outcome = Outcome(status, tuple(child.tail))
         left = [name for name in left if name not in child.ended]
         if not left or stop.is_set():
             break
         # It went before it was through.
         name = child.step or left[0]
-        why = f"no answer in time: ended after {child.case!r}" if status is None else f"exit status {status}"
-        said = " ".join(" | ".join(child.tail).split())[-400:]
-        case = child.case or name
-        sink(
-            {
-                "step": name,
-                "case": case,
-                "implementation": "fastattn",
-                "status": "failed",
-                "note": f"{why}: {said}",
-            }
-        )
-        done[name].append(case)
-        attempts[name] += 1
-        if status is None or attempts[name] >= ATTEMPTS or child.case is None:
+        if not child.told:
+            why = "no answer in time" if status is None else f"exit status {status}"
+            said = " ".join(" | ".join(child.tail).split())[-400:]
+            where = {"step": name, "case": name, "implementation": "fastattn"} | child.at
+            sink({**where, "status": "failed", "note": f"{why}: {said}"})
+        if child.key is not None:
+            lost[name].append(child.key)
+        if child.key is None or time.monotonic() > batch.end or len(lost[name]) >= ATTEMPTS:
             left.remove(name)
             ended(name)
-    return status
+    return outcome
 
 
 class _Child:
@@ -103,10 +119,14 @@ class _Child:
 
     def __init__(self, command: Sequence[str], order: Mapping[str, Any], batch: Batch) -> None:
         self.step: str | None = None
-        self.case: str | None = None
+        self.key: str | None = None
+        # The case it is at, as columns, and whether there is bad news of it.
+        self.at: dict[str, str] = {}
+        self.told = False
         self.ended: set[str] = set()
         self.tail: deque[str] = deque(maxlen=_TAIL)
         self._limit = batch.end + batch.grace
+        self._heard = time.monotonic()
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._process = subprocess.Popen(
             [*command, json.dumps(order)],
@@ -126,12 +146,13 @@ class _Child:
         self._lines.put(None)
 
     def follow(
-        self, sink: Sink, done: dict[str, list[str]], stop: threading.Event, ended: Callable[[str], None]
+        self, sink: Sink, done: Keys, stop: threading.Event, ended: Callable[[str], None]
     ) -> int | None:
         """Until its end; its exit status, None where it had to be ended."""
         try:
             while True:
-                if stop.is_set() or time.monotonic() > self._limit:
+                now = time.monotonic()
+                if stop.is_set() or now > self._limit or now - self._heard > _SILENCE:
                     return None
                 try:
                     line = self._lines.get(timeout=0.5)
@@ -139,27 +160,29 @@ class _Child:
                     continue
                 if line is None:
                     return self._process.wait(timeout=10)
+                self._heard = time.monotonic()
                 self._take(line, sink, done, ended)
         except subprocess.TimeoutExpired:
             return None
         finally:
             self._end()
 
-    def _take(self, line: str, sink: Sink, done: dict[str, list[str]], ended: Callable[[str], None]) -> None:
+    def _take(self, line: str, sink: Sink, done: Keys, ended: Callable[[str], None]) -> None:
         word, _, rest = line.partition(" ")
         if word == "@begin":
-            self.step, self.case = rest, None
+            self.step, self.key, self.at, self.told = rest, None, {}, False
         elif word == "@case":
-            self.case = rest
+            at = json.loads(rest)
+            self.key, self.at, self.told = at.pop("key"), at, False
+            done[at["step"]].append(self.key)
         elif word == "@row":
             row = json.loads(rest)
-            if row.get("case") == self.case or row.get("status") == "not run":
-                done[row["step"]].append(row["case"])
+            self.told = self.told or row["status"] in BAD
             sink(row)
         elif word == "@end":
             self.ended.add(rest)
+            self.step, self.key, self.at = None, None, {}
             ended(rest)
-            self.step = self.case = None
         elif line.strip():
             self.tail.append(line)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -54,12 +55,16 @@ class Runner:
     peaks: dict[str, float | None] = field(default_factory=dict)
 
 
-def race(report: Report, case: Case) -> None:
-    """Forward alone, then forward and backward, of all implementations in turn; a row for each and pass."""
+def race(report: Report, case: Case) -> dict[str, list[float]]:
+    """Forward alone, then forward and backward, of all implementations in turn; a row for each and pass.
+
+    Returns:
+        Our own samples in milliseconds, by pass.
+    """
     machine = report.machine
     case = tiny(case) if machine.dry_run else case
-    if not report.begin(case.name):
-        return
+    if not report.in_time(case.name):
+        return {}
     inputs = Inputs(case, machine.device)
     columns: dict[str, Any] = {
         "case": case.name,
@@ -70,42 +75,45 @@ def race(report: Report, case: Case) -> None:
         "length": case.length,
         "head_dim": case.dim,
     }
+    runners = _checked(report, inputs, columns)
+    ours: dict[str, list[float]] = {}
+    if not report.enter(case.name, "timing"):
+        return ours
+    # Backward is most of the time.
+    for training, share in ((False, 0.3), (True, 0.7)):
+        ours |= _time(report, inputs, columns, runners, training, max(report.left, 4.0) * share)
+    return ours
+
+
+def _checked(report: Report, inputs: Inputs, columns: dict[str, Any]) -> dict[str, Runner]:
+    """Every implementation that is here, with the passes in which it is right; a row for each that is not."""
+    machine, case = report.machine, inputs.case
     # With dropout each draws in its own way, so that there it is the case without that is checked.
-    sober = (
-        Inputs(Case(**vars(case) | {"kind": "causal"}), machine.device) if case.kind == "dropout" else inputs
-    )
+    sober = Inputs(replace(case, kind="causal"), machine.device) if case.kind == "dropout" else inputs
     truth = Truth(sober)
     runners: dict[str, Runner] = {}
-    for name in PEERS:
+    for name, make in PEERS.items():
         own = columns | {"implementation": name, "version": version_of(name)}
-        try:
-            attention = PEERS[name](inputs, report.backend)
-            checked = PEERS[name](sober, report.backend)
-        except Exception as failure:
-            _say(report, own | {"passes": "both"}, name, failure)
+        if not report.enter(case.name, name, name):
             continue
-        runner = Runner(attention)
+        try:
+            runner = Runner(make(inputs, report.backend))
+            checked = make(sober, report.backend)
+        except Exception as failure:
+            _say(report, own, PASSES, failure)
+            continue
         runners[name] = runner
         for passes in ("forward", "both"):
-            training = passes == "both"
-
-            def run(attention: Attention = attention, training: bool = training) -> list[Tensor]:
-                return results(attention, inputs, training)
-
+            run = partial(results, runner.attention, inputs, passes == "both")
             try:
-                error = truth.check(results(checked, sober, training))
+                error = truth.check(results(checked, sober, passes == "both"))
                 runner.peaks[passes] = machine.peak_mb(run)
                 runner.kernels[passes] = kernels_of(machine, run)
                 runner.errors[passes] = error
             except Exception as failure:
-                for one in ("forward",) if not training else ("backward", "both"):
-                    _say(report, own | {"passes": one}, name, failure)
-    del truth
-    if not machine.dry_run:
-        torch.cuda.empty_cache()
-    # Backward is most of the time.
-    for training, share in ((False, 0.3), (True, 0.7)):
-        _time(report, inputs, columns, runners, training, max(report.left, 4.0) * share)
+                _say(report, own, ("forward",) if passes == "forward" else ("backward", "both"), failure)
+            machine.free_bytes()  # what a failure has left
+    return runners
 
 
 def prepare(report: Report, case: Case) -> None:
@@ -118,13 +126,12 @@ def prepare(report: Report, case: Case) -> None:
                 results(PEERS[name](inputs, report.backend), inputs, training)
 
 
-def _say(report: Report, columns: dict[str, Any], name: str, failure: Exception) -> None:
+def _say(report: Report, columns: dict[str, Any], passes: Iterable[str], failure: Exception) -> None:
     status, note = status_of(failure)
-    if name != OURS and status == "failed":
+    if columns["implementation"] != OURS and status == "failed":
         status = "refused"
-    report.row(**columns, status=status, note=note)
-    if report.machine.dry_run is False and status == "out of memory":
-        torch.cuda.empty_cache()
+    for one in passes:
+        report.row(**columns, passes=one, status=status, note=note)
     reraise_if_lost(failure)
 
 
@@ -135,20 +142,24 @@ def _time(
     runners: dict[str, Runner],
     training: bool,
     seconds: float,
-) -> None:
+) -> dict[str, list[float]]:
     machine, case = report.machine, inputs.case
     whole = "both" if training else "forward"
-    able = {name: runner for name, runner in runners.items() if whole in runner.errors}
-    if not able:
-        return
-    runs = {name: _run(report, inputs, runner.attention, training) for name, runner in able.items()}
+    runs = {
+        name: _run(report, inputs, runner.attention, training)
+        for name, runner in runners.items()
+        if whole in runner.errors
+    }
     taken = interleaved(machine, runs, seconds)
     mhz = machine.sm_mhz()
+    ours: dict[str, list[float]] = {}
     for name, parts in taken.items():
-        runner = able[name]
+        runner = runners[name]
         times = {"forward": parts[0]}
         if training:
             times = {"backward": parts[1], "both": [a + b for a, b in zip(*parts, strict=True)]}
+        if name == OURS:
+            ours = times
         for passes, samples in times.items():
             found = columns_of(samples)
             report.row(
@@ -165,6 +176,7 @@ def _time(
                 peak_mb=runner.peaks[whole] if passes != "backward" else None,
                 sm_mhz=mhz,
             )
+    return ours
 
 
 def _run(report: Report, inputs: Inputs, attention: Attention, training: bool) -> Run:

@@ -1,6 +1,6 @@
 """How a step tells the command what it found: lines on standard output, one for each row.
 
-``@begin STEP``, ``@case NAME`` before a case is run, ``@row JSON`` for a result, ``@end STEP``. Whatever else
+``@begin STEP``, ``@case JSON`` before a case is run, ``@row JSON`` for a result, ``@end STEP``. Whatever else
 libraries print has no ``@`` in front and is passed on only where a step fails.
 """
 
@@ -30,7 +30,8 @@ class Report:
         machine: what it runs on.
         backend: of `fastattn.attention`.
         seconds: how long the step may take, about.
-        done: names of cases that were run before, by a process that this one takes the place of.
+        done: cases that were run before, by a process that this one takes the place of.
+        lost: of these, the ones that took their process with them.
     """
 
     step: str
@@ -38,6 +39,7 @@ class Report:
     backend: str
     seconds: float
     done: Collection[str] = ()
+    lost: Collection[str] = ()
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -50,13 +52,22 @@ class Report:
         print(f"@row {json.dumps({'step': self.step} | columns)}", flush=True)
 
     def begin(self, case: str) -> bool:
-        """Whether to run the case; says so where the time is over."""
-        if case in self.done:
-            return False
+        """Whether to run the case, as was not done before; says so where the time is over."""
+        return case not in self.done and self.in_time(case) and self.enter(case)
+
+    def in_time(self, case: str) -> bool:
+        """Whether there is time left; says so where there is none."""
         if self.left <= 0:
             self.row(case=case, implementation="fastattn", status="not run", note="time")
+        return self.left > 0
+
+    def enter(self, case: str, part: str = "", implementation: str = "fastattn") -> bool:
+        """Say what is run next, so that it is known what a process ended at; whether none has before."""
+        key = f"{case}: {part}" if part else case
+        if key in self.lost:
             return False
-        print(f"@case {case}", flush=True)
+        where = {"key": key, "step": self.step, "case": case, "implementation": implementation}
+        print(f"@case {json.dumps(where)}", flush=True)
         return True
 
     def check(self, case: str, run: Callable[[], float | None], **columns: Any) -> None:

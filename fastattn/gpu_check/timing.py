@@ -38,8 +38,12 @@ def interleaved(
         _round(machine, runs, cold)
         rounds = max(FEWEST, min(MOST, int(seconds / max(time.perf_counter() - start, 1e-6))))
     found: dict[str, list[list[float]]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, parts in _round(machine, runs, cold).items():
+    names = list(runs)
+    for i in range(rounds):
+        # Each comes first, and behind each other, as often.
+        turn = i % max(len(names), 1)
+        order = {name: runs[name] for name in (*names[turn:], *names[:turn])}
+        for name, parts in _round(machine, order, cold).items():
             found[name].append(parts)
     return {name: [list(part) for part in zip(*taken, strict=True)] for name, taken in found.items()}
 
