@@ -47,8 +47,8 @@ class Pages(NamedTuple):
 class Problem(NamedTuple):
     """What changes scores beyond the band, as in `problem.Problem`; None for what is not given.
 
-    Strides are those of tensors that broadcast to ``[B, H, L_q, L_k]``, 0 where they do. One tuple, not one of
-    tuples, whose constants Triton 3.6 loses in a loop.
+    Strides are those of tensors that broadcast to ``[B, H, L_q, L_k]``, 0 where they do. It is one tuple, not
+    one of tuples, whose constants Triton 3.6 loses in a loop.
 
     Attributes:
         ranges: int32 ``[B, pairs, L_q, 2]``.

@@ -58,11 +58,11 @@ def backward(
         return tuple(x.zero_() for x in grads)
     dout, q, k, v, out = (unit_last(x) for x in (dout, q, k, v, out))
     lse = lse.contiguous()
-    padded = triton.cdiv(q_length, PADDING.value) * PADDING.value
+    padded = launch.cdiv(q_length, PADDING.value) * PADDING.value
     log2_sum, delta = lse.new_empty((2, batch, heads, padded)).unbind()
     saved = Saved(q, k, v, dout, log2_sum, delta)
     with launch.on(q.device):
-        _rows[(padded // _ROWS, batch * heads)](
+        _rows[(batch * heads, padded // _ROWS)](
             rows(out),
             rows(dout),
             lse,
@@ -100,7 +100,7 @@ def _keys_and_values(saved: Saved, dk: Tensor, dv: Tensor, problem: Sequence[Any
     if need_tiles(options, of_keys=True):
         sizes = (config.block_q, config.block_k)
         tiles = list_tiles(options, bounds, batch, heads, (q_length, k_length), sizes, of_keys=True)
-    _dk_dv[(triton.cdiv(k_length, config.block_k) * batch * kv_heads,)](
+    _dk_dv[(launch.cdiv(k_length, config.block_k) * batch * kv_heads,)](
         launch.streamed(q, config.block_q, tma),
         rows(k),
         rows(v),
@@ -120,8 +120,7 @@ def _keys_and_values(saved: Saved, dk: Tensor, dv: Tensor, problem: Sequence[Any
         *bounds,
         problem[15],
         launch.shape(q, v, config, options, problem[15], tma),
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **launch.options(config),
     )
 
 
@@ -135,7 +134,7 @@ def _queries(saved: Saved, dq: Tensor, problem: Sequence[Any]) -> None:
     if need_tiles(options):
         sizes = (config.block_q, config.block_k)
         tiles = list_tiles(options, bounds, batch, heads, (q_length, k_length), sizes)
-    _dq[(triton.cdiv(q_length, config.block_q) * batch * heads,)](
+    _dq[(launch.cdiv(q_length, config.block_q) * batch * heads,)](
         rows(q),
         launch.streamed(k, config.block_k, tma),
         launch.streamed(v, config.block_k, tma),
@@ -154,8 +153,7 @@ def _queries(saved: Saved, dq: Tensor, problem: Sequence[Any]) -> None:
         *bounds,
         problem[15],
         launch.shape(q, v, config, options, problem[15], tma),
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **launch.options(config),
     )
 
 
@@ -174,12 +172,12 @@ def _rows(
     ROWS: tl.constexpr,
 ):
     """lse in base 2 and delta, padded; +inf and 0 for a row with nothing to attend to, and in the padding."""
-    at = tl.program_id(0) * ROWS
-    batch = tl.program_id(1) // heads
-    head = tl.program_id(1) % heads
+    at = tl.program_id(1) * ROWS
+    batch = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
     i = at + tl.arange(0, ROWS)
     there = i < q_length
-    where = tl.program_id(1).to(tl.int64) * q_length + i
+    where = tl.program_id(0).to(tl.int64) * q_length + i
     padded = padded_row(heads, batch, head, q_length) + i
     out_ = load_rows(out, batch, head, at, q_length, ROWS, DIM, WIDTH).to(tl.float32)
     dout_ = load_rows(dout, batch, head, at, q_length, ROWS, DIM, WIDTH).to(tl.float32)

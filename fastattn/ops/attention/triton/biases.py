@@ -23,13 +23,13 @@ def bias_gradient(saved: Saved, dbias: Tensor, problem: Sequence[Any]) -> None:
     config = launch.config("bias", q, v, options, bounds != (None, None))
     whole = (batch, heads, q_length, k_length)
     over = [size == 1 and full != 1 for size, full in zip(dbias.shape, whole, strict=True)]
-    counts = (batch, heads, triton.cdiv(q_length, config.block_q), triton.cdiv(k_length, config.block_k))
+    counts = (batch, heads, launch.cdiv(q_length, config.block_q), launch.cdiv(k_length, config.block_k))
     summed = [count if some else 1 for count, some in zip(counts, over, strict=True)]
     own = [1 if some else count for count, some in zip(counts, over, strict=True)]
     items = summed[0] * summed[1] * summed[2] * summed[3]
     splits = launch.parts(q.device, own[0] * own[1] * own[2] * own[3], items)
     partial = dbias if splits == 1 else dbias.new_empty((splits, *dbias.shape))
-    _dbias[(own[2] * own[3], own[0] * own[1], splits)](
+    _dbias[(own[0] * own[1] * own[2] * own[3], splits)](
         rows(q),
         rows(k),
         rows(v),
@@ -40,10 +40,9 @@ def bias_gradient(saved: Saved, dbias: Tensor, problem: Sequence[Any]) -> None:
         options,
         heads,
         heads // k.shape[1],
-        own[1],
-        own[3],
+        *own[1:],
         *summed,
-        triton.cdiv(items, splits),
+        launch.cdiv(items, splits),
         q_length,
         k_length,
         *bounds,
@@ -51,17 +50,29 @@ def bias_gradient(saved: Saved, dbias: Tensor, problem: Sequence[Any]) -> None:
         launch.shape(q, v, config, options, problem[15], False),
         OVER_QUERIES=over[2],
         OVER_KEYS=over[3],
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **launch.options(config),
     )
     if splits > 1:
         torch.sum(partial, 0, out=dbias)
 
 
 _UNSPECIALIZED = [
-    "heads", "group", "own_heads", "own_keys", "size", "batches_each", "heads_each", "queries_each", "keys_each",
-    "items", "q_length", "k_length", "first", "end",
-]  # fmt: skip
+    "heads",
+    "group",
+    "own_heads",
+    "own_queries",
+    "own_keys",
+    "size",
+    "batches_each",
+    "heads_each",
+    "queries_each",
+    "keys_each",
+    "items",
+    "q_length",
+    "k_length",
+    "first",
+    "end",
+]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -77,6 +88,7 @@ def _dbias(
     heads,
     group,
     own_heads,
+    own_queries,
     own_keys,
     batches_each,
     heads_each,
@@ -92,12 +104,13 @@ def _dbias(
     OVER_QUERIES: tl.constexpr,
     OVER_KEYS: tl.constexpr,
 ):
-    """One tile of dbias: of each thing that it sums over, `..._each` tiles, of which this split adds `items`."""
-    own_m = tl.program_id(0) // own_keys
+    """A tile of dbias: of what it sums over there are `..._each` tiles, of which a split adds `items`."""
     own_n = tl.program_id(0) % own_keys
-    own_batch = tl.program_id(1) // own_heads
-    own_head = tl.program_id(1) % own_heads
-    split = tl.program_id(2)
+    own_m = tl.program_id(0) // own_keys % own_queries
+    row_of_own = tl.program_id(0) // own_keys // own_queries
+    own_batch = row_of_own // own_heads
+    own_head = row_of_own % own_heads
+    split = tl.program_id(1)
     acc = tl.zeros([shape.queries, shape.keys], tl.float32)
     start = split * items
     stop = tl.minimum(start + items, batches_each * heads_each * queries_each * keys_each)
@@ -118,7 +131,7 @@ def _dbias(
         acc += _ds(q, k, v, dout, log2_sum, delta, problem, place, heads, group, m, n, shape, ALIGNED=True)
     row = own_m * shape.queries + tl.arange(0, shape.queries)
     column = own_n * shape.keys + tl.arange(0, shape.keys)
-    here = split.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    here = split.to(tl.int64) * (tl.num_programs(0) // (own_queries * own_keys)) + row_of_own
     if OVER_QUERIES and OVER_KEYS:
         tl.store(dbias + here, tl.sum(tl.sum(acc, 1), 0))
     elif OVER_QUERIES:
@@ -161,15 +174,15 @@ def relative_gradient(saved: Saved, drelative: Tensor, problem: Sequence[Any]) -
     (batch, heads, q_length, _), k_length = q.shape, k.shape[2]
     options, bounds = as_arguments(problem), band(q_length, k_length, problem)
     config = launch.config("relative", q, v, options, bounds != (None, None))
-    keys = triton.next_power_of_2(config.block_q + config.block_k - 1)
+    keys = launch.power_of_two(config.block_q + config.block_k - 1)
     own_batches, own_heads, size = drelative.shape
-    of_queries = triton.cdiv(q_length, config.block_q)
+    of_queries = launch.cdiv(q_length, config.block_q)
     summed = (batch // own_batches, heads // own_heads, of_queries)
     items = summed[0] * summed[1] * summed[2]
-    tiles = triton.cdiv(size, config.block_k)
+    tiles = launch.cdiv(size, config.block_k)
     splits = launch.parts(q.device, tiles * own_batches * own_heads, items)
     partial = drelative if splits == 1 else drelative.new_empty((splits, *drelative.shape))
-    _drelative[(tiles, own_batches * own_heads, splits)](
+    _drelative[(own_batches * own_heads * tiles, splits)](
         rows(q),
         rows(k),
         rows(v),
@@ -183,15 +196,14 @@ def relative_gradient(saved: Saved, drelative: Tensor, problem: Sequence[Any]) -
         own_heads,
         size,
         *summed,
-        triton.cdiv(items, splits),
+        launch.cdiv(items, splits),
         q_length,
         k_length,
         *bounds,
         problem[15],
         launch.shape(q, v, config._replace(block_k=keys), options, problem[15], False),
         DISTANCES=config.block_k,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **launch.options(config),
     )
     if splits > 1:
         torch.sum(partial, 0, out=drelative)
@@ -224,10 +236,12 @@ def _drelative(
     DISTANCES: tl.constexpr,
 ):
     """DISTANCES entries of drelative; of query i these are keys from i + a number: a skewed tile of dS."""
-    at = tl.program_id(0) * DISTANCES
-    own_batch = tl.program_id(1) // own_heads
-    own_head = tl.program_id(1) % own_heads
-    split = tl.program_id(2)
+    tiles = tl.cdiv(size, DISTANCES)
+    at = tl.program_id(0) % tiles * DISTANCES
+    row_of_own = tl.program_id(0) // tiles
+    own_batch = row_of_own // own_heads
+    own_head = row_of_own % own_heads
+    split = tl.program_id(1)
     acc = tl.zeros([DISTANCES], tl.float32)
     start = split * items
     stop = tl.minimum(start + items, batches_each * heads_each * queries_each)
@@ -280,7 +294,7 @@ def _drelative(
                     acc += _along_diagonals(tl.where((shift == of_document)[:, None], ds, 0.0), DISTANCES)
                 of_document = tl.min(tl.where(shift > of_document, shift, none), 0)
     distance = at + tl.arange(0, DISTANCES)
-    here = split.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    here = split.to(tl.int64) * (tl.num_programs(0) // tiles) + row_of_own
     tl.store(drelative + here * size + distance, acc, mask=distance < size)
 
 

@@ -53,14 +53,14 @@ def decode(
     q, k, v = unit_last(q), unit_last(k), unit_last(v)
     options, bounds = as_arguments(problem), band(q_length, k_length, problem)
     config = launch.config("decode", q, v, options, bounds != (None, None))
-    queries = max(16, triton.next_power_of_2(heads // kv_heads * q_length))
+    queries = max(16, launch.power_of_two(heads // kv_heads * q_length))
     config = config._replace(block_q=queries)
-    most = min(_MOST_SPLITS, triton.cdiv(k_length, _LEAST))
+    most = min(_MOST_SPLITS, launch.cdiv(k_length, _LEAST))
     splits = launch.parts(q.device, batch * kv_heads, max(most, 1))
     partial = torch.empty((splits, batch, heads, q_length, v_dim), dtype=torch.float32, device=q.device)
     partial_lse = partial.new_empty((splits, batch, heads, q_length))
     with launch.on(q.device):
-        _decode[(splits, batch * kv_heads)](
+        _decode[(batch * kv_heads, splits)](
             rows(q),
             rows(_stored(k)),
             rows(_stored(v)),
@@ -78,8 +78,7 @@ def decode(
             problem[15],
             launch.shape(q, v, config, options, problem[15], False),
             FLOAT8=k.dtype == torch.float8_e4m3fn,
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **launch.options(config),
         )
         _merge[(batch * heads, q_length)](
             partial,
@@ -92,7 +91,7 @@ def decode(
             splits,
             V_DIM=v_dim,
             V_WIDTH=launch.width(v_dim),
-            SPLITS=triton.next_power_of_2(splits),
+            SPLITS=launch.power_of_two(splits),
             num_warps=4,
         )
     return out, lse
@@ -132,14 +131,14 @@ def _decode(
     FLOAT8: tl.constexpr,
 ):
     kv_heads = heads // group
-    batch = tl.program_id(1) // kv_heads
-    kv_head = tl.program_id(1) % kv_heads
+    batch = tl.program_id(0) // kv_heads
+    kv_head = tl.program_id(0) % kv_heads
     row = tl.arange(0, shape.queries)[:, None]
     there = row < group * q_length
     head = kv_head * group + row // q_length
     i = tl.where(there, row % q_length, q_length)
     if k_scale is not None:
-        scale *= tl.load(k_scale + tl.program_id(1))
+        scale *= tl.load(k_scale + tl.program_id(0))
     place = Place(batch, head, q_length, k_length, first, end, scale)
 
     column = tl.arange(0, shape.width)[None, :]
@@ -173,8 +172,8 @@ def _decode(
     empty = total == 0.0
     acc /= tl.where(empty, 1.0, total)[:, None]
     if v_scale is not None:
-        acc *= tl.load(v_scale + tl.program_id(1))
-    where = ((tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * group) * q_length + row
+        acc *= tl.load(v_scale + tl.program_id(0))
+    where = ((tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * group) * q_length + row
     v_column = tl.arange(0, shape.v_width)[None, :]
     tl.store(partial + where * shape.v_dim + v_column, acc, mask=there & (v_column < shape.v_dim))
     log2_sum = tl.where(empty, -INF, peak + tl.log2(tl.where(empty, 1.0, total)))
@@ -205,8 +204,8 @@ def _share(problem, place, i, KEYS: tl.constexpr):
     sees = there & (start < stop)
     start_ = tl.min(tl.min(tl.where(sees, start, none), 1), 0) // KEYS * KEYS
     stop_ = tl.max(tl.max(tl.where(sees, stop, 0), 1), 0)
-    each = tl.cdiv(tl.cdiv(tl.maximum(stop_ - start_, 0), tl.num_programs(0)), KEYS) * KEYS
-    start_ += tl.program_id(0) * each
+    each = tl.cdiv(tl.cdiv(tl.maximum(stop_ - start_, 0), tl.num_programs(1)), KEYS) * KEYS
+    start_ += tl.program_id(1) * each
     return start_, tl.minimum(start_ + each, stop_)
 
 

@@ -51,7 +51,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Ten
         if need_tiles(options):
             sizes = (config.block_q, config.block_k)
             tiles = list_tiles(options, bounds, batch, heads, (q_length, k_length), sizes)
-        _forward[(triton.cdiv(q_length, config.block_q) * batch * heads,)](
+        _forward[(launch.cdiv(q_length, config.block_q) * batch * heads,)](
             rows(q),
             launch.streamed(k, config.block_k, tma),
             launch.streamed(v, config.block_k, tma),
@@ -69,8 +69,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Ten
             *bounds,
             scale,
             launch.shape(q, v, config, options, scale, tma),
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **launch.options(config),
         )
     return out, lse
 

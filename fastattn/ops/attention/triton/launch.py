@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any, Final
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -19,15 +18,30 @@ from fastattn.ops.attention.triton.arguments import Problem, Rows, Shape, rows
 _CACHE: Final = 50 << 20
 
 
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def width(dim: int) -> int:
     """`dim` padded to what tensor cores take."""
-    return max(16, int(triton.next_power_of_2(dim)))
+    return max(16, power_of_two(dim))
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; `triton.cdiv` takes 10 us."""
+    return -(-a // b)
 
 
 def config(kernel: str, q: Tensor, v: Tensor, problem: Problem, banded: bool) -> tuning.Config:
     """The tuned blocks of `kernel`."""
     arch = tuning.architecture(q.device)
     return tuning.config(kernel, arch, width(max(q.shape[3], v.shape[3])), q.dtype, banded, problem.rich)
+
+
+def options(config: tuning.Config) -> dict[str, Any]:
+    """What Triton compiles with, beside what the kernel is given."""
+    return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -73,12 +87,12 @@ def together(x: Tensor, y: Tensor, heads: int) -> int:
 
     Args:
         x, y: ``[B, H_x, L, D]``.
-        heads: that compute; each streams several of x's heads, or several of them the same.
+        heads: of each batch that compute; each streams several of x's heads, or several of them the same.
     """
     of_batch = x.shape[1] * x.shape[2] * (x.shape[3] + y.shape[3]) * x.element_size()
     fitting = _cache_size(x.device) // 2 * heads // max(of_batch, 1)
     sharing = max(1, heads // x.shape[1])
-    return max(1, fitting // sharing) * sharing
+    return min(max(1, fitting // sharing) * sharing, x.shape[0] * heads)
 
 
 @cache
@@ -92,9 +106,15 @@ def shape(q: Tensor, v: Tensor, config: tuning.Config, problem: Problem, scale: 
     """What a kernel in tiles of `config` is compiled for."""
     # Scores that are q kᵀ times a positive number are not multiplied before a row's largest is known.
     plain = problem.softcap is None and problem.bias is None and problem.relative is None and scale > 0
-    dims = (q.shape[3], width(q.shape[3]), v.shape[3], width(v.shape[3]))
     exact = q.dtype == torch.float32
-    known = (*dims, config.block_q, config.block_k, tma, plain, exact, precision(q))
+    return _shape(q.shape[3], v.shape[3], config.block_q, config.block_k, tma, plain, exact, precision(q))
+
+
+@cache
+def _shape(
+    dim: int, v_dim: int, queries: int, keys: int, tma: bool, plain: bool, exact: bool, precision: str
+) -> Shape:
+    known = (dim, width(dim), v_dim, width(v_dim), queries, keys, tma, plain, exact, precision)
     return Shape(*(tl.constexpr(x) for x in known))
 
 

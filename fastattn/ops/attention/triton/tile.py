@@ -77,7 +77,7 @@ def fetch_rows(
     WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """`load_rows`, by the tensor memory accelerator, which fills with 0 by itself, where x has a descriptor."""
+    """`load_rows`; where x has a descriptor by the tensor memory accelerator, which fills with 0 itself."""
     if x.row is None:
         x_ = x.data.load([batch, head, at, 0]).reshape(ROWS, WIDTH)
     else:
@@ -221,8 +221,8 @@ def pair_of(problem, place, pair, i):
 def kept(problem, place, i, at, KEYS: tl.constexpr, ALIGNED: tl.constexpr = True):
     """bool ``[queries, KEYS]``: which of the keys from `at` dropout leaves; i is ``[queries]``.
 
-    The layout of the counter is in csrc/common/philox.h: a call for 16 lanes serves 128 keys. ALIGNED: `at` is
-    a multiple of KEYS.
+    The layout of the counter is in csrc/common/philox.h: a call for 16 lanes serves 128 keys.
+    ALIGNED: `at` is a multiple of KEYS.
     """
     seed = tl.load(problem.seed)
     row = (problem.q_start + i)[:, None]

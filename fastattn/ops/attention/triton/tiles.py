@@ -1,7 +1,7 @@
 """Lists of the tiles that hold a score, for masks that leave no interval of keys: blocks, tensors, unions.
 
 For every tile of queries the tiles of keys that some of its queries see, in order: from the front those that
-all of them see whole, from the back those that need the mask. For the gradients of k and v the other way round.
+all of them see whole, from the back those that need the mask. For dk and dv the other way round.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastattn.ops.attention.triton import launch
 from fastattn.ops.attention.triton.arguments import Band, Place, Problem
 from fastattn.ops.attention.triton.tile import pair_of, seen
 
@@ -52,14 +53,14 @@ def list_tiles(
     by_batch = any((problem.ranges_batch, problem.blocks_batch, problem.mask_batch))
     by_head = any((problem.blocks_head, problem.mask_head))
     lists = (batch if by_batch else 1, heads if by_head else 1)
-    of_queries, others = (triton.cdiv(length, size) for length, size in zip(lengths, sizes, strict=True))
+    of_queries, others = (launch.cdiv(length, size) for length, size in zip(lengths, sizes, strict=True))
     tiles, others = (others, of_queries) if of_keys else (of_queries, others)
     given = next(x for x in (problem.ranges, problem.blocks, problem.mask) if x is not None)
     whole, part = given.new_empty((2, *lists, tiles), dtype=torch.int32).unbind()
     index = given.new_empty((*lists, tiles, others), dtype=torch.int32)
     found = Tiles(whole, part, index, tl.constexpr(by_batch), tl.constexpr(by_head))
     if whole.numel() > 0:
-        _list_tiles[(tiles, lists[0] * lists[1])](
+        _list_tiles[(lists[0] * lists[1], tiles)](
             found,
             problem,
             lists[1],
@@ -87,9 +88,10 @@ def _list_tiles(
     KEYS: tl.constexpr,
     OF_KEYS: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    place = Place(tl.program_id(1) // heads, tl.program_id(1) % heads, q_length, k_length, first, end, None)
-    here = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tile
+    list_ = tl.program_id(0)
+    tile = tl.program_id(1)
+    place = Place(list_ // heads, list_ % heads, q_length, k_length, first, end, None)
+    here = list_.to(tl.int64) * tl.num_programs(1) + tile
     index = found.index + here * others
     whole = tile * 0
     part = tile * 0
@@ -132,8 +134,9 @@ def _seen_of_tile(problem, place, q_at, k_at, QUERIES: tl.constexpr, KEYS: tl.co
             every |= (start <= k_at) & (behind >= k_at + KEYS)
     some_ = tl.max((some & there).to(tl.int32), 0)
     every_ = tl.min((every | ~there).to(tl.int32), 0)
-    if problem.blocks is not None or problem.mask is not None:
-        if some_ != 0:  # noqa: SIM102 - the one is decided when compiling, the other when running
+    # The one is decided when this is compiled, the other when it runs.
+    if problem.blocks is not None or problem.mask is not None:  # noqa: SIM102
+        if some_ != 0:
             j = k_at + tl.arange(0, KEYS)[None, :]
             keep = seen(problem, place, i[:, None], j)
             some_ = tl.max(tl.max(keep.to(tl.int32), 1), 0)
