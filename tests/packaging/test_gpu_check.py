@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,67 @@ def test_a_child_that_does_not_start_is_reported() -> None:
     assert ended == ["s"]
     assert [row["status"] for row in rows] == ["failed"]
     assert "No module named" in rows[0]["note"]
+
+
+class Quick(command.Check):
+    """The command as on a GPU, with `FAKE` for its children."""
+
+    def _batch(self, steps: Sequence[str], end: float, memory: float | None = None, **more: Any) -> Any:
+        found = super()._batch(steps, end, memory, **more)
+        return dataclasses.replace(found, prefix=[*found.prefix, sys.executable, "-c", FAKE])
+
+
+def quick(tmp_path: Path) -> Quick:
+    args = argparse.Namespace(dry_run=False, budget=60.0, backend="triton", jobs=3)
+    return Quick(args, Rows(tmp_path / "rows.csv", {}))
+
+
+GROUPS = {
+    "correctness": ["a", "b", "crashes", "c", "d"],
+    "prepare": ["e"],
+    "alone": ["far"],
+    "sanitizer": ["sanitized"],
+    "bench": ["g", "h"],
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+@pytest.mark.parametrize("clean", [True, False])
+def test_all_groups(
+    clean: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    ending = 'exec "$@"' if clean else '"$@"; echo "========= Invalid __global__ read"; exit 99'
+    tool.write_text(
+        f'#!/bin/sh\n[ "$1 $3 $4" = "--tool --error-exitcode 99" ] || exit 5\nshift 4\n{ending}\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(command, "find_sanitizer", lambda: str(tool))
+    check = quick(tmp_path)
+    check.run(GROUPS)
+    rows = check.rows.rows
+    for step in ("a", "b", "c", "d", "e", "far", "g", "h"):
+        assert [row["status"] for row in rows if row["step"] == step] == ["ok"] * 3, step
+    assert [row["status"] for row in rows if row["step"] == "crashes"] == ["ok", "failed", "ok"]
+    sanitizer = {row["case"]: row for row in rows if row["step"] == "sanitizer"}
+    assert set(sanitizer) == {"compute-sanitizer memcheck", "compute-sanitizer racecheck"}
+    for row in sanitizer.values():
+        assert row["status"] == ("ok" if clean else "failed")
+        assert clean or "Invalid __global__ read" in row["note"]
+    assert check.verdict(interrupted=False) == 1
+    said = capsys.readouterr().out
+    assert "FAILED: crashes: two: exit status 7" in said
+    order = [row["step"] for row in rows]
+    assert order.index("far") > max(order.index(step) for step in ("a", "b", "c", "d", "e"))
+
+
+def test_stopping_ends_the_children(tmp_path: Path) -> None:
+    check = quick(tmp_path)
+    threading.Timer(1.0, check.stop.set).start()
+    start = time.monotonic()
+    check.run({"correctness": ["hangs", "a"], "bench": ["hangs"]})
+    assert time.monotonic() - start < 10
+    assert check.verdict(interrupted=True) == 1
 
 
 class FakeMachine(Machine):
