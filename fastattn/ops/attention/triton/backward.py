@@ -10,7 +10,7 @@ Source: Dao, "FlashAttention-2", ICLR 2024 (arXiv 2307.08691), algorithm 2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 import triton
@@ -36,8 +36,8 @@ from fastattn.ops.attention.triton.tile import (
 from fastattn.ops.attention.triton.tiles import Tiles, list_tiles, need_tiles
 from fastattn.ops.attention.triton.walk import nth_part, nth_whole, through_keys, through_queries
 
-# Rows a program of the first kernel; it only reads and writes.
-_ROWS = 64
+# Elements of out that a program of the first kernel reads.
+_ELEMENTS: Final = 8192
 
 
 def backward(
@@ -59,10 +59,11 @@ def backward(
     dout, q, k, v, out = (unit_last(x) for x in (dout, q, k, v, out))
     lse = lse.contiguous()
     padded = launch.cdiv(q_length, PADDING.value) * PADDING.value
+    some = min(PADDING.value, _ELEMENTS // launch.width(v.shape[3]))
     log2_sum, delta = lse.new_empty((2, batch, heads, padded)).unbind()
     saved = Saved(q, k, v, dout, log2_sum, delta)
     with launch.on(q.device):
-        _rows[(batch * heads, padded // _ROWS)](
+        _rows[(batch * heads, padded // some)](
             rows(out),
             rows(dout),
             lse,
@@ -73,7 +74,7 @@ def backward(
             q_length,
             DIM=v.shape[3],
             WIDTH=launch.width(v.shape[3]),
-            ROWS=_ROWS,
+            ROWS=some,
             num_warps=4,
         )
         if wanted & WANTED_QKV:

@@ -31,6 +31,8 @@ from fastattn.ops.attention.triton.tile import INF, LN2, LOG2E, biased, capped, 
 # Keys that a split has at least, so that merging costs less than it brings.
 _LEAST: Final = 256
 _MOST_SPLITS: Final = 128
+# Of the parts that a merging program holds at a time.
+_ELEMENTS: Final = 4096
 
 
 def decode(
@@ -92,6 +94,7 @@ def decode(
             V_DIM=v_dim,
             V_WIDTH=launch.width(v_dim),
             SPLITS=launch.power_of_two(splits),
+            SOME=min(launch.power_of_two(splits), _ELEMENTS // launch.width(v_dim)),
             num_warps=4,
         )
     return out, lse
@@ -258,28 +261,34 @@ def _merge(
     V_DIM: tl.constexpr,
     V_WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
+    SOME: tl.constexpr,
 ):
     batch = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     i = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * q_length + i
     of_split = tl.num_programs(0).to(tl.int64) * q_length
-    split = tl.arange(0, SPLITS)
-    found = tl.load(partial_lse + split * of_split + row, mask=split < splits, other=-INF)
+    every = tl.arange(0, SPLITS)
+    found = tl.load(partial_lse + every * of_split + row, mask=every < splits, other=-INF)
     peak = tl.max(found, 0)
     if sinks.data is not None:
         sink = tl.load(sinks.data + batch * sinks.batch + head * sinks.head) * LOG2E
         peak = tl.maximum(peak, sink)
     base = tl.where(peak == -INF, 0.0, peak)
-    weight = tl.exp2(found - base)
-    total = tl.sum(weight, 0)
+    total = tl.sum(tl.exp2(found - base), 0)
     if sinks.data is not None:
         total += tl.exp2(sink - base)
     empty = total == 0.0
     column = tl.arange(0, V_WIDTH)
-    where = partial + (split * of_split + row)[:, None] * V_DIM + column[None, :]
-    there = (split < splits)[:, None] & (column < V_DIM)[None, :]
-    sum_ = tl.sum(tl.load(where, mask=there, other=0.0) * weight[:, None], 0)
+    sum_ = tl.zeros([V_WIDTH], tl.float32)
+    for at in range(0, splits, SOME):
+        split = at + tl.arange(0, SOME)
+        weight = tl.exp2(
+            tl.load(partial_lse + split * of_split + row, mask=split < splits, other=-INF) - base
+        )
+        where = partial + (split * of_split + row)[:, None] * V_DIM + column[None, :]
+        there = (split < splits)[:, None] & (column < V_DIM)[None, :]
+        sum_ += tl.sum(tl.load(where, mask=there, other=0.0) * weight[:, None], 0)
     sum_ /= tl.where(empty, 1.0, total)
     to = out.data + batch.to(tl.int64) * out.batch + head.to(tl.int64) * out.head + i.to(tl.int64) * out.row
     tl.store(to + column, sum_.to(out.data.dtype.element_ty), mask=column < V_DIM)
