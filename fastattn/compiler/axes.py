@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from fastattn.compiler.graph import Call, Size, same, shape_of, value_of
+from fastattn.compiler.graph import Call, Size, plain, same, shape_of, value_of
 
 Layout = tuple[tuple[int, ...], ...]
 
@@ -30,7 +30,7 @@ class Axes:
         self._parts: dict[int, tuple[int, ...]] = {}
 
     def new(self, size: Size) -> int:
-        self.sizes.append(size)
+        self.sizes.append(plain(size))
         return len(self.sizes) - 1
 
     def whole(self, layout: Layout) -> Layout:

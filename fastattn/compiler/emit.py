@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -50,7 +51,24 @@ class Emitter(Writer):
             for d, dim in enumerate(self.axes.whole(layout)):
                 if dim == (axis,) and same(shape_of(node)[d], wanted):
                     return self.call(torch.ops.aten.sym_size.int, node, d)
+        for node in self.graph.nodes:
+            if node is self.before:
+                break
+            value = value_of(node)
+            if isinstance(value, torch.SymInt) and same(value, wanted):
+                return node
         raise NoMatch("a size that no input has")
+
+    def product(self, dim: Dim) -> Any:
+        """The size of merged axes."""
+        found: Any = 1
+        for axis in dim:
+            size = self.size(axis)
+            if type(found) is int and (type(size) is int or found == 1):
+                found = found * size if type(size) is int else size
+            else:
+                found = self.call(operator.mul, found, size)
+        return found
 
     def sizes(self, dims: list[Dim]) -> list[Any]:
         """For a reshape: at most one is left to torch."""
@@ -61,10 +79,8 @@ class Emitter(Writer):
                 found.append(whole)
             elif -1 not in found:
                 found.append(-1)
-            elif len(dim) == 1:
-                found.append(self.size(dim[0]))
             else:
-                raise NoMatch("two merged symbolic sizes")
+                found.append(self.product(dim))
         return found
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -132,10 +148,7 @@ class Emitter(Writer):
         """A tensor whose batch or heads are no longer broadcast."""
         if not axes or same(self.axes.size_of(axes), 1) or not same(shape_of(node)[dim], 1):
             return node
-        if len(axes) > 1 and type(self.axes.size_of(axes)) is not int:
-            raise NoMatch("two merged symbolic sizes")
-        size = self.size(axes[0]) if len(axes) == 1 else self.axes.size_of(axes)
-        return self._expanded(node, {dim: size})
+        return self._expanded(node, {dim: self.product(axes)})
 
     def scaled(self, q: fx.Node, dtype: torch.dtype) -> fx.Node:
         """Queries times what multiplies the scores and is the same for all keys."""

@@ -148,6 +148,14 @@ def same(a: Size, b: Size) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def plain(x: Any) -> Any:
+    """A symbolic number that is always the same, as an int."""
+    if isinstance(x, torch.SymInt):
+        known = x.node.maybe_as_int()
+        return x if known is None else known
+    return x
+
+
 def is_tensor(x: Any) -> bool:
     return isinstance(x, fx.Node) and isinstance(value_of(x), Tensor)
 
@@ -176,6 +184,8 @@ def call_of(node: Any) -> Call | None:
         return None
     if node.op == "call_module":
         return _module_call(node)
+    if node.target is getattr and node.args[1] in ("T", "mT"):
+        return Call("transpose", (node.args[0], -2, -1), {}, False)
     name, by_method = _name(node)
     if name is None:
         return None
@@ -261,6 +271,19 @@ def location_of(node: fx.Node) -> str:
             code = lines[at + 1] if at + 1 < len(lines) else ""
             return f"{path}:{number}: {code}" if code else f"{path}:{number}"
     return f"node {node.name}"
+
+
+def thread_writes(graph: fx.Graph) -> None:
+    """Let what reads a tensor after it was written in place read what that call returned: the same tensor."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        call = call_of(node)
+        if call is None or not call.in_place or not isinstance(node.args[0], fx.Node):
+            continue
+        written = node.args[0]
+        for user in list(written.users):
+            if place[user] > place[node]:
+                user.replace_input_with(written, node)
 
 
 def erase_unused(nodes: list[fx.Node]) -> None:

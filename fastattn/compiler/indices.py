@@ -160,7 +160,7 @@ class Indices:
 
     def _reshape(self, node: fx.Node, call: Call) -> Meaning:
         x = call.args[0]
-        moved = _matching(shape_of(x), shape_of(node))
+        moved = matching(shape_of(x), shape_of(node))
         return None if moved is None else _moved(self.of(x), moved)
 
     def _transpose(self, node: fx.Node, call: Call) -> Meaning:
@@ -484,7 +484,7 @@ def _normal(x: Meaning, shape: tuple[Size, ...]) -> Meaning:
     )
 
 
-def _matching(old: tuple[Size, ...], new: tuple[Size, ...]) -> list[int | None] | None:
+def matching(old: tuple[Size, ...], new: tuple[Size, ...]) -> list[int | None] | None:
     """Where each dimension of a view comes from, where it only adds or drops dimensions of size 1."""
 
     def real(shape: tuple[Size, ...]) -> list[int]:

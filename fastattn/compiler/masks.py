@@ -18,7 +18,17 @@ from torch import Tensor, fx
 
 from fastattn.compiler import indices
 from fastattn.compiler.axes import NoMatch
-from fastattn.compiler.graph import Call, Size, call_of, is_tensor, same, shape_of, storage_of, value_of
+from fastattn.compiler.graph import (
+    Call,
+    Size,
+    call_of,
+    is_tensor,
+    plain,
+    same,
+    shape_of,
+    storage_of,
+    value_of,
+)
 from fastattn.compiler.indices import Indices, Keep
 from fastattn.compiler.patterns import Site, Term, constant_of
 
@@ -81,8 +91,8 @@ def masking_of(site: Site, meanings: Indices) -> Masking:
 class _Finder:
     def __init__(self, site: Site, meanings: Indices) -> None:
         self.site, self.meanings = site, meanings
-        self.rights: list[Size] = []
-        self.lefts: list[Size] = []
+        # How many keys before and behind a query's own are seen, by whether its own is counted from the last.
+        self.bounds: dict[bool, tuple[list[int], list[int]]] = {False: ([], []), True: ([], [])}
         self.masking = Masking()
         # The finite numbers that mask: by filling, by being added; and those too weak for rows without keys.
         self.filled: set[float] = set()
@@ -105,17 +115,9 @@ class _Finder:
                 for part in parts:
                     self.add(term._replace(node=part))
                 return
-        if (
-            call is not None
-            and not call.in_place
-            and call.name in ("to", "expand", "expand_as", "contiguous")
-        ):
-            source = call.args[0]
-            if is_tensor(source) and value_of(source).is_floating_point():
-                self.add(term._replace(node=source))
-                return
-        if call is not None and call.name == "getitem" and _same_shape(call.args[0], node):
-            self.add(term._replace(node=call.args[0]))
+        inner = self._moved_only(term, call)
+        if inner is not None and value_of(inner.node).is_floating_point():
+            self.add(inner)
             return
         choice = self._choice(term, call)
         if choice is None:
@@ -139,6 +141,32 @@ class _Finder:
             self.condition(condition, keeps, term)
         else:
             self.masking.keep.append(Term(node, term.layout, keeps=True))  # where it is 0
+
+    def _moved_only(self, term: Term, call: Call | None) -> Term | None:
+        """The term before a call that only casts it, broadcasts it, or adds dimensions of size 1."""
+        if call is None or call.in_place or not call.args or not is_tensor(call.args[0]):
+            return None
+        source = call.args[0]
+        if call.name in ("to", "expand", "expand_as", "contiguous"):
+            return term._replace(node=source)
+        if call.name == "getitem" and _same_shape(source, term.node):
+            return term._replace(node=source)
+        if call.name not in ("reshape", "getitem"):
+            return None
+        if call.name == "getitem" and not all(
+            x is None or x in (slice(None), Ellipsis) for x in _indices(call)
+        ):
+            return None
+        sources = indices.matching(shape_of(source), shape_of(term.node))
+        layout = self.site.axes.whole(term.layout)
+        layout = layout[len(layout) - len(shape_of(term.node)) :]
+        if sources is None or len(layout) != len(sources):
+            return None
+        dims: list[tuple[int, ...]] = [()] * len(shape_of(source))
+        for d, s in enumerate(sources):
+            if s is not None:
+                dims[s] = layout[d]
+        return term._replace(node=source, layout=tuple(dims))
 
     def _constant(self, node: fx.Node) -> float | None:
         meaning = self.meanings.of(node)
@@ -242,11 +270,20 @@ class _Finder:
                 always = part.const - (k_length - 1) if (a, b) == (0, -1) else part.const
                 if ((a, b) != (0, -1) and min(a, b) < 0) or not _at_least(always, 0):
                     return False
-        if not all(_known_alignment(x, self.site) for x in (*lefts, *rights)):
-            return False
-        self.lefts += lefts
-        self.rights += rights
-        return True
+        return self._bounded(lefts, rights)
+
+    def _bounded(self, lefts: list[Size], rights: list[Size]) -> bool:
+        """Whether bounds on j - i, from -left to right, are a band around a diagonal, which then is noted."""
+        corner = self.site.axes.sizes[self.site.keys] - self.site.axes.sizes[self.site.rows]
+        found = {}
+        for bottom_right, (own_lefts, own_rights) in self.bounds.items():
+            moved_lefts = [plain(x + corner) if bottom_right else x for x in lefts]
+            moved_rights = [plain(x - corner) if bottom_right else x for x in rights]
+            if all(type(x) is int and x >= 0 for x in (*moved_lefts, *moved_rights)):
+                found[bottom_right] = (own_lefts + moved_lefts, own_rights + moved_rights)
+        if found:
+            self.bounds = found
+        return bool(found)
 
     def _by_values(self, keep: Tensor, term: Term) -> bool:
         """Whether a computed mask is a band, which then is noted."""
@@ -262,29 +299,22 @@ class _Finder:
         if kept.numel() == 0:
             return False
         right, left = int(kept.max()), -int(kept.min())
-        if left < 0 or right < 0 or not torch.equal(one, (away <= right) & (away >= -left)):
+        if not torch.equal(one, (away <= right) & (away >= -left)):
             return False
-        if right < one.shape[1] - 1:
-            self.rights.append(right)
-        if left < one.shape[0] - 1:
-            self.lefts.append(left)
-        return True
+        return self._bounded(
+            [left] if left < one.shape[0] - 1 else [], [right] if right < one.shape[1] - 1 else []
+        )
 
     def close(self) -> Masking:
         site, masking = self.site, self.masking
         q_length, k_length = site.axes.sizes[site.rows], site.axes.sizes[site.keys]
-        bounds = [*self.lefts, *self.rights]
-        masking.bottom_right = any(type(x) is not int for x in bounds)
-        if masking.bottom_right:
-            corner = k_length - q_length
-            self.rights = [_plain(x - corner) for x in self.rights]
-            self.lefts = [_plain(x + corner) for x in self.lefts]
-        rights = [x for x in self.rights if not _at_least(x, k_length - 1)]
-        lefts = [x for x in self.lefts if not _at_least(x, q_length - 1)]
-        if any(type(x) is not int or x < 0 for x in (*rights, *lefts)):
-            raise NoMatch(f"a mask off the diagonal: from {lefts} before to {rights} behind")
-        masking.right = min(rights, default=None)
-        masking.left = min(lefts, default=None)
+        # Of two ways to say it, the one that is causal.
+        options = sorted(self.bounds, key=lambda x: (0 not in self.bounds[x][1], x))
+        masking.bottom_right = options[0]
+        lefts, rights = self.bounds[options[0]]
+        ends = (k_length, q_length) if masking.bottom_right else (q_length, k_length)
+        masking.left = min((x for x in lefts if not _at_least(x, ends[0] - 1)), default=None)
+        masking.right = min((x for x in rights if not _at_least(x, ends[1] - 1)), default=None)
         self._settle_empty(q_length, k_length)
         return masking
 
@@ -305,27 +335,17 @@ class _Finder:
         masking.empty = UNIFORM if self.filled else UNIFORM_WITH_GRADIENT
 
 
-def _plain(x: Any) -> Any:
-    """A symbolic number that is always the same, as an int."""
-    if isinstance(x, torch.SymInt):
-        known = x.node.maybe_as_int()
-        return x if known is None else known
-    return x
-
-
-def _known_alignment(x: Any, site: Site) -> bool:
-    if type(x) is int:
-        return True
-    corner = site.axes.sizes[site.keys] - site.axes.sizes[site.rows]
-    return type(_plain(x - corner)) is int or type(_plain(x + corner)) is int
-
-
 def _at_least(a: Any, b: Any) -> bool:
     if type(a) is int and type(b) is int:
         return a >= b
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # noqa: PLC0415
 
     return bool(statically_known_true(a >= b))
+
+
+def _indices(call: Call) -> tuple[Any, ...]:
+    index = call.args[1]
+    return index if isinstance(index, tuple) else (index,)
 
 
 def _is_bool(x: Any) -> bool:

@@ -225,11 +225,38 @@ def _back(node: Any, user: fx.Node, depth: int = 0) -> list[Step]:
     raise failed or NoMatch("the scores are not a product of queries and keys")
 
 
+# What reads no more of a tensor than its shape and dtype.
+_SHAPE_ONLY = frozenset(
+    (
+        "ones_like",
+        "zeros_like",
+        "full_like",
+        "empty_like",
+        "new_ones",
+        "new_zeros",
+        "new_full",
+        "new_empty",
+        "size",
+    )
+)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Those who use a node's elements."""
+    return [x for x in node.users if (call := call_of(x)) is None or call.name not in _SHAPE_ONLY]
+
+
+def _named(node: fx.Node) -> str:
+    call = call_of(node)
+    if call is not None:
+        return call.name
+    return "the graph's output" if node.op == "output" else str(getattr(node.target, "__name__", node.target))
+
+
 def _used_once(node: fx.Node, user: fx.Node, what: str) -> None:
-    others = [other for other in node.users if other is not user]
+    others = [other for other in _readers(node) if other is not user]
     if others:
-        named = "the graph's output" if others[0].op == "output" else str(others[0].target)
-        raise NoMatch(f"{what} have another user: {getattr(others[0].target, '__name__', named)}")
+        raise NoMatch(f"{what} have another user: {_named(others[0])}")
 
 
 def _after(softmax: fx.Node) -> tuple[list[Step], fx.Node, Call]:
@@ -237,25 +264,16 @@ def _after(softmax: fx.Node) -> tuple[list[Step], fx.Node, Call]:
     steps: list[Step] = []
     node = softmax
     while True:
-        users = list(node.users)
+        users = _readers(node)
         if len(users) != 1:
-            steps_on = [user for user in users if not _reaches_product(user)] or users[1:]
-            other = steps_on[0]
-            named = (
-                "the graph's output"
-                if other.op == "output"
-                else getattr(other.target, "__name__", other.target)
-            )
-            raise NoMatch(f"the probabilities have another user: {named}")
+            others = [user for user in users if not _reaches_product(user)] or users[1:]
+            raise NoMatch(f"the probabilities have another user: {_named(others[0])}")
         user = users[0]
         call = call_of(user)
         if call is not None and call.name in PRODUCTS:
             return steps, user, call
         if call is None or call.name not in _AFTER:
-            named = (
-                "the graph's output" if user.op == "output" else getattr(user.target, "__name__", user.target)
-            )
-            raise NoMatch(f"the probabilities go through {named}")
+            raise NoMatch(f"the probabilities go through {_named(user)}")
         place = 0 if call.args[0] is node else 1
         if call.args[place] is not node or (place == 1 and call.name != "mul"):
             raise NoMatch(f"the probabilities go through {call.name}")

@@ -22,6 +22,7 @@ from fastattn.compiler.graph import (
     same,
     shape_of,
     storage_of,
+    thread_writes,
     value_of,
     writes_of,
 )
@@ -59,6 +60,7 @@ def replace_attention(module: fx.GraphModule) -> list[Record]:
         candidates = [node for node in graph.nodes if is_candidate(node)]
         if not candidates:
             continue
+        thread_writes(graph)
         meanings = Indices(graph)
         changed = False
         for softmax in candidates:
