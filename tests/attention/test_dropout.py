@@ -7,7 +7,7 @@ import torch
 
 import fastattn
 from fastattn.ops.attention.philox import drop_threshold, dropout_keep, philox
-from fastattn.testing import force_isa, present_isas
+from tests.attention.cases import ROUTES, device_of, interpreted, route
 
 
 def words(counter: list[int], key: list[int]) -> list[int]:
@@ -25,27 +25,27 @@ def test_known_answers() -> None:
     assert words(pi, [0xA4093822, 0x299F31D0]) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
 
-def kept_by_kernel(seed: int, dropout: float, shape: tuple[int, int, int, int]) -> torch.Tensor:
+def kept_by_kernel(seed: int, dropout: float, shape: tuple[int, int, int, int], backend: str) -> torch.Tensor:
     """Which elements the kernel keeps, read off its output: v is the identity, all probabilities equal."""
     batch, heads, q_length, k_length = shape
     q = torch.zeros(batch, heads, q_length, 1)
     k = torch.zeros(batch, heads, k_length, 1)
     v = torch.eye(k_length).expand(batch, heads, k_length, k_length)
-    out = fastattn.attention(q, k, v, dropout=dropout, seed=seed, backend="cpu")
+    q, k, v = (x.to(device_of(backend)) for x in (q, k, v))
+    out = fastattn.attention(q, k, v, dropout=dropout, seed=seed, backend=backend).cpu()
     values = out[out != 0] * k_length * (1 - drop_threshold(dropout) / 65536)
     torch.testing.assert_close(values, torch.ones_like(values))
     return out != 0
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "wide"])
+@pytest.mark.parametrize("name", ROUTES[1:])
 @pytest.mark.parametrize("seed", [0, 1, 2**40 + 7, 2**63 - 1])
-def test_kernels_drop_what_the_reference_drops(isa: str, seed: int) -> None:
-    if isa not in present_isas():
-        pytest.skip(f"{isa} is not present here")
-    for shape in [(2, 3, 65, 300), (1, 1, 1, 1), (1, 2, 130, 17)]:
-        with force_isa(isa):
-            found = kept_by_kernel(seed, 0.3, shape)
-        assert torch.equal(found, dropout_keep(torch.tensor([seed]), 0.3, shape))
+def test_kernels_drop_what_the_reference_drops(name: str, seed: int) -> None:
+    with route(name) as backend:
+        large = (2, 2, 35, 140) if interpreted(backend) else (2, 3, 65, 300)
+        for shape in [large, (1, 1, 1, 1), (1, 2, 130, 17)]:
+            found = kept_by_kernel(seed, 0.3, shape, backend)
+            assert torch.equal(found, dropout_keep(torch.tensor([seed]), 0.3, shape))
 
 
 def test_an_element_keeps_its_fate_in_another_shape() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 import fastattn
 from fastattn.ops.attention.kv_cache import KVCache, Rotary, attention_with_kv_cache
 from fastattn.testing import force_isa, present_isas
+from tests.attention.cases import device_of, here, interpreted
 
-BACKENDS = ["reference", *(["cpu"] if present_isas() else [])]
+BACKENDS = list(dict.fromkeys(name.partition("-")[0] for name in here()))
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
 
 
@@ -140,13 +141,8 @@ class Problem:
         half = {"none": 0, "partial": dim // 4}.get(case.rotary, dim // 2)
         angle = torch.arange(40.0)[:, None] * 5.0 ** -torch.arange(half)
         self.rotary = Rotary(angle.cos(), angle.sin(), case.rotary == "interleaved") if half else None
-        self.bias: object = None
         self.slopes = torch.rand(heads) if case.alibi else torch.zeros(heads)
         self.added = torch.randn(1, heads, 1, self.cache.capacity) if case.dense else None
-        if case.alibi:
-            self.bias = fastattn.alibi(self.slopes)
-        if case.dense:
-            self.bias = self.added if self.bias is None else self.bias + self.added
         self.sinks = torch.randn(heads) if case.sinks else None
 
     def _empty(self, rows: int, heads: int, dim: int) -> Tensor:
@@ -176,23 +172,34 @@ class Problem:
             found.append(own)
         return found[0], found[1]
 
-    def run(self, backend: str | None = None) -> tuple[Tensor, Tensor]:
-        case = self.case
+    def run(self, backend: str) -> tuple[Tensor, Tensor]:
+        """out and lse, where the backend's device is; the cache here is as that one then is."""
+        case, cache, device = self.case, self.cache, device_of(backend)
+        move = lambda x: x.to(device) if isinstance(x, Tensor) else x  # noqa: E731
+        moved = KVCache(**{field.name: move(getattr(cache, field.name)) for field in fields(cache)})
+        bias = fastattn.Bias()
+        if case.alibi:
+            bias = bias + fastattn.alibi(move(self.slopes))
+        if case.dense:
+            bias = bias + move(self.added)
         found = attention_with_kv_cache(
-            self.q,
-            self.cache,
-            self.k,
-            self.v,
-            rotary=self.rotary,
+            move(self.q),
+            moved,
+            move(self.k),
+            move(self.v),
+            rotary=None if self.rotary is None else Rotary(*(move(x) for x in self.rotary)),
             mask=MASKS[case.mask][0](),
-            bias=self.bias,
+            bias=bias,
             softcap=case.softcap,
-            sinks=self.sinks,
+            sinks=move(self.sinks),
             return_lse=True,
             backend=backend,
         )
         assert isinstance(found, tuple)
-        return found
+        if device != "cpu":
+            cache.k.copy_(moved.k)
+            cache.v.copy_(moved.v)
+        return found[0].cpu(), found[1].cpu()
 
     def loop(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """out and lse row by row, from what is in the cache now, every step in `dtype`."""
@@ -267,8 +274,16 @@ def check_appended(problem: Problem, before: tuple[Tensor, Tensor]) -> None:
         assert bool(same.transpose(1, 2)[~touched].all())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("number", "case"), [pytest.param(i, c, id=str(c)) for i, c in enumerate(drawn(90))])
+@pytest.mark.parametrize(
+    ("number", "case", "backend"),
+    [
+        pytest.param(i, case, backend, id=f"{case}-{backend}")
+        for i, case in enumerate(drawn(90))
+        for backend in BACKENDS
+        # Every storage, dtype, mask and bias is among these.
+        if not interpreted(backend) or i % 4 == 1
+    ],
+)
 def test_against_a_loop(number: int, case: Case, backend: str) -> None:
     """Each case on one of the instruction sets, in turn."""
     problem = Problem(case)
@@ -287,3 +302,86 @@ def test_against_a_loop(number: int, case: Case, backend: str) -> None:
         scale = right[finite].abs().max().clamp(min=1)
         band = (torch.finfo(found.dtype).eps + 32 * torch.finfo(torch.float32).eps) * scale
         assert error <= 2 * (same_dtype.double() - right)[finite].abs().max() + band
+
+
+def long_cache(storage: torch.dtype, page_size: int | None, lengths: Tensor, capacity: int) -> KVCache:
+    """Of two heads of 24 and 17. What holds no key is NaN, or the largest int8; pages without keys are -1."""
+    batch, scale = lengths.shape[0], None
+    rows, slots = (batch, capacity) if page_size is None else (batch * capacity // page_size, page_size)
+    stored = []
+    for dim in (24, 17):
+        x = torch.randn(rows, 2, slots, dim)
+        stored.append((x * 40).to(storage) if storage == torch.int8 else x.to(storage))
+    if storage in QUANTISED:
+        scale = torch.rand(batch, 2) * (0.03 if storage == torch.int8 else 1.0)
+    table = None
+    if page_size is not None:
+        table = torch.randperm(rows).view(batch, -1).to(torch.int32)
+        table[torch.arange(0, capacity, page_size) >= lengths[:, None]] = -1
+    cache = KVCache(*stored, lengths, table, k_scale=scale, v_scale=None if scale is None else 1.3 * scale)
+    empty = torch.arange(capacity) >= lengths[:, None]
+    for x in stored:
+        view = x.view(torch.uint8) if storage == torch.float8_e4m3fn else x
+        fill = 127 if storage in QUANTISED else float("nan")  # 127 is e4m3's NaN
+        for b, i in empty.nonzero().tolist():
+            if page_size is None:
+                view[b, :, i] = fill
+            elif table[b, i // page_size] >= 0:
+                view[table[b, i // page_size], :, i % page_size] = fill
+    return cache
+
+
+LONG = [(s, n) for s in (torch.float32, torch.bfloat16, *QUANTISED) for n in (None, 16, 10)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "storage", "page_size"),
+    [
+        (name, *long)
+        for name in BACKENDS
+        for long in LONG[:: 2 if interpreted(name) else 1]
+        if name != "reference"
+    ],
+    ids=str,
+)
+def test_keys_split_over_programs_or_threads(
+    backend: str, storage: torch.dtype, page_size: int | None
+) -> None:
+    """Caches of hundreds of keys; some splits hold none, and a window begins late; grouped heads."""
+    lengths = torch.tensor([640, 3, 300])
+    cache = long_cache(storage, page_size, lengths, 640)
+    dtype = storage if storage.is_floating_point and storage not in QUANTISED else torch.float32
+    q = torch.randn(3, 6, 2, 24).to(dtype)
+    slopes, sinks = torch.rand(6) * 0.1, torch.randn(6)
+
+    def run(backend: str) -> list[Tensor]:
+        device = device_of(backend)
+        moved = KVCache(
+            *(x.to(device) if x is not None else None for x in (cache.k, cache.v, lengths)),
+            *(x.to(device) if x is not None else None for x in (cache.block_table, None, None)),
+            *(x.to(device) if x is not None else None for x in (cache.k_scale, cache.v_scale)),
+        )
+        options = {"bias": fastattn.alibi(slopes.to(device)), "sinks": sinks.to(device), "softcap": 4.0}
+        found = []
+        for mask, some in ((fastattn.causal(), {}), (fastattn.sliding_window(150, 0), options)):
+            found += attention_with_kv_cache(
+                q.to(device), moved, mask=mask, return_lse=True, backend=backend, **some
+            )
+        return [x.cpu() for x in found]
+
+    tolerance = {"atol": 2e-5, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    for found, want in zip(run(backend), run("reference"), strict=True):
+        torch.testing.assert_close(found, want, **tolerance)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="of a GPU")
+def test_a_step_on_a_gpu_does_not_wait_for_it() -> None:
+    cache = long_cache(torch.bfloat16, 16, torch.tensor([600, 3, 300]), 640)
+    cache = KVCache(cache.k.cuda(), cache.v.cuda(), cache.lengths.cuda(), cache.block_table.clamp(0).cuda())
+    q, k, v = (torch.randn(3, n, 1, d).bfloat16().cuda() for n, d in ((6, 24), (2, 24), (2, 17)))
+    attention_with_kv_cache(q, cache, k, v, mask=fastattn.causal())  # what is loaded at the first call
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attention_with_kv_cache(q, cache, k, v, mask=fastattn.causal())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -18,7 +18,7 @@ from fastattn.testing import (
     present_isas,
     sizes_for,
 )
-from tests.attention.cases import route
+from tests.attention.cases import device_of, fitted, interpreted, route
 
 SETTINGS = {
     "deadline": None,
@@ -42,6 +42,23 @@ SIZES = st.builds(
 JOINED = [name for name in FEATURES if name != "bias-1111"]
 FEW = st.lists(st.sampled_from(JOINED), min_size=2, max_size=3, unique=True)
 HERE = ["reference", *(f"cpu-{isa}" for isa in present_isas())]
+# What the Triton kernels could take for one another: a tile's list and its interval, the rows of a bias and of
+# a document, a position and an index.
+CONFUSABLE = [
+    ["dense-mask", "dropout"],
+    ["block-sparse", "dropout", "window"],
+    ["two-block-sizes", "causal", "sinks"],
+    ["either-of-three", "bias-BHQK", "softcap"],
+    ["documents-causal", "bias-1HQK"],
+    ["documents-causal", "alibi-of-each", "dropout"],
+    ["position-ids", "relative-position", "window"],
+    ["key-padding", "relative-position", "causal-top-left"],
+    ["starts-of-each", "alibi", "bias-B11K", "sinks"],
+    ["starts", "dropout", "first-keys-and-window"],
+    ["prefix-of-each", "block-sparse-causal", "softcap"],
+    ["dense-mask-of-keys", "bias-of-infinities-and-alibi", "scale"],
+    ["sum-of-biases", "chunked", "dropout"],
+]
 
 
 @settings(max_examples=250, **SETTINGS)
@@ -89,3 +106,37 @@ def test_backends_drop_the_same(names: list[str], sizes: Sizes) -> None:
             results.append(fastattn.attention(q, k, v, backend=backend, **options))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("names", CONFUSABLE, ids="-".join)
+def test_confusable_features_joined_on_triton(names: list[str]) -> None:
+    with route("triton") as backend:
+        sizes = sizes_for(names, fitted(backend, Sizes(q_length=100, k_length=300)))
+        device = device_of(backend)
+        options = options_of(names, sizes, device=device)
+        assert_within_budget(attention_errors(*sizes.tensors(device=device), backend=backend, **options))
+
+
+@settings(max_examples=5 if interpreted("triton") else 250, **SETTINGS)
+@given(names=FEW, sizes=SIZES, dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_features_joined_on_triton(names: list[str], sizes: Sizes, dtype: torch.dtype) -> None:
+    assume(go_together(names))
+    if dtype != torch.float32:
+        assume(not any("alibi" in one or "slopes" in one for one in names))
+        sizes = sizes._replace(k_length=sizes.k_length + 15, dim=sizes.dim + 7)
+    with route("triton") as backend:
+        sizes, device = sizes_for(names, fitted(backend, sizes)), device_of(backend)
+        options = options_of(names, sizes, device=device)
+        inputs = sizes.tensors(dtype, device=device)
+        assert_within_budget(attention_errors(*inputs, backend=backend, **options))
+
+
+@pytest.mark.parametrize("other", ["window", "documents-causal", "block-sparse", "starts"])
+def test_triton_drops_what_the_reference_drops(other: str) -> None:
+    with route("triton") as backend:
+        sizes, device = fitted(backend, Sizes(q_length=100, k_length=300)), device_of(backend)
+        q, k, v = sizes.tensors(device=device)
+        options = options_of([other, "dropout"], sizes, device=device)
+        found = fastattn.attention(q, k, v, backend=backend, **options)
+        want = fastattn.attention(q, k, v, backend="reference", **options)
+    torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)

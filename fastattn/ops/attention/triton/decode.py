@@ -245,6 +245,8 @@ def _load(
         bits = ((x_ & 0x7F).to(tl.uint32) << 20) | ((x_ & 0x80).to(tl.uint32) << 24)
         value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
         x_ = tl.where((x_ & 0x7F) == 0x7F, float("nan"), value)
+    elif x_.dtype == tl.int8:
+        x_ = x_.to(tl.float32)  # the interpreter takes an integer's bits to be a bfloat16's
     return x_.to(dtype)
 
 
