@@ -50,7 +50,8 @@ def main(order: dict[str, Any]) -> None:
             reraise_if_lost(failure)
         print(f"@end {name}", flush=True)
         gc.collect()
-        torch.compiler.reset()
+        if "torch._dynamo" in sys.modules:  # to import it takes seconds
+            torch.compiler.reset()
         if not machine.dry_run:
             torch.cuda.empty_cache()
 

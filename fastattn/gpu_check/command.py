@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import torch
 
+import fastattn
 from fastattn.gpu_check.machine import describe, details
 from fastattn.gpu_check.processes import Batch, environment_of, run_batch
 from fastattn.gpu_check.rows import BAD, Rows
@@ -274,8 +275,6 @@ def _missing(backend: str) -> str | None:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no GPU"
     x = torch.empty(1, 1, 1, 16, dtype=torch.bfloat16, device="cuda")
-    import fastattn  # noqa: PLC0415
-
     try:
         reasons = fastattn.explain(x, x, x, backend=backend).reasons
     except ValueError as error:

@@ -185,8 +185,8 @@ def gpt2(report: Report, context: int = 1024, batch: int = 8) -> None:
     }
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(sizes["vocab_size"], (batch, context), generator=g).to(machine.device)
-    first = GPT2(GPT2Config(**sizes))
-    weights = first.state_dict()
+    with machine.device:
+        weights = GPT2(GPT2Config(**sizes)).state_dict()
     makers: dict[str, Callable[[], nn.Module]] = {
         "fastattn.gpt2, fastattn": lambda: _Loss(GPT2(GPT2Config(**sizes), "fastattn"), theirs=False),
         "fastattn.gpt2, sdpa": lambda: _Loss(GPT2(GPT2Config(**sizes), "sdpa"), theirs=False),
@@ -201,9 +201,9 @@ def gpt2(report: Report, context: int = 1024, batch: int = 8) -> None:
     for name, make in makers.items():
         own = columns | {"implementation": name, "version": _model_version(name), "passes": "step"}
         try:
-            model = make()
+            with machine.device:
+                model = make()
             model.model.load_state_dict(weights)  # type: ignore[union-attr]
-            model.to(machine.device)
             losses[name] = _loss_without_dropout(machine, model, ids)
             wanted = next(iter(losses.values()))
             assert abs(losses[name] - wanted) < 0.02, (

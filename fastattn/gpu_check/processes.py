@@ -66,7 +66,8 @@ class Batch:
 
 def environment_of(dry_run: bool) -> dict[str, str]:
     """The variables that a child has besides the command's own."""
-    found = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
+    # What torch needs to be deterministic; of Inductor's workers a few, as several processes compile at once.
+    found = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     if dry_run:
         found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     return found
@@ -91,6 +92,12 @@ def run_batch(
     lost: Keys = {name: [] for name in left}
     outcome = Outcome()
     while left and not stop.is_set():
+        if outcome.status is None and time.monotonic() > batch.end + batch.grace:
+            for name in left:
+                row = {"step": name, "case": name, "implementation": "fastattn", "status": "not run"}
+                sink(row | {"note": "time"})
+                ended(name)
+            break
         order = dict(batch.order) | {"steps": left, "done": done, "lost": lost}
         order["seconds"] = max(batch.end - time.monotonic(), 0.0)
         child = _Child([*batch.prefix, sys.executable, "-m", "fastattn.gpu_check.child"], order, batch)

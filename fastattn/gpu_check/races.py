@@ -150,6 +150,15 @@ def _time(
         for name, runner in runners.items()
         if whole in runner.errors
     }
+    for name, run in list(runs.items()):
+        try:
+            run()
+            machine.synchronize()
+        except Exception as failure:  # as for memory, now that all the others' inputs are there
+            del runs[name]
+            version = version_of(name)
+            which = ("backward", "both") if training else ("forward",)
+            _say(report, columns | {"implementation": name, "version": version}, which, failure)
     taken = interleaved(machine, runs, seconds)
     mhz = machine.sm_mhz()
     ours: dict[str, list[float]] = {}
