@@ -1,4 +1,4 @@
-"""The command `fastattn`: `env`, `train`, `compare`, `gpu-check`, `bench`.
+"""The command `fastattn`: `env`, `train`, `compare`, `gpu-check`, `tune`, `bench`.
 
 A subcommand's module is imported when it is chosen, so that `fastattn env` needs torch alone. Such a module
 has `add_arguments(parser)` and `run(args) -> int`.
@@ -30,6 +30,7 @@ _COMMANDS: Final = {
     "train": "train GPT-2 on real text",
     "gpu-check": "check on this machine's GPU that fastattn is right, and how fast it is",
     "compare": "train with the standard attention and with ours, side by side",
+    "tune": "find block sizes for the GPU at hand, and write them to the tuning table",
     "bench": "run the benchmarks of a source checkout; further arguments go to pytest",
 }
 _COMPARISONS: Final = {"gpt2": "fastattn.gpt2.compare"}
@@ -92,6 +93,8 @@ def _parse(argv: list[str], chosen: str | None) -> tuple[argparse.Namespace, lis
         subparsers["env"].set_defaults(run=lambda args, rest: _print_environment(args.json))
     elif chosen == "train":
         _add(subparsers["train"], "fastattn.gpt2.train")
+    elif chosen == "tune":
+        _add(subparsers["tune"], "fastattn.tune")
     elif chosen == "compare":
         what = subparsers["compare"].add_subparsers(dest="what", required=True, metavar="what")
         for name, module in _COMPARISONS.items():

@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -58,12 +58,15 @@ class Kernel(NamedTuple):
         return sum(count for name, count in self.opcodes.items() if name.startswith(prefix))
 
 
-def compile_kernels(target: str, call: Callable[[], object]) -> list[Kernel]:
+def compile_kernels(
+    target: str, call: Callable[[], object], names: Container[str] | None = None
+) -> list[Kernel]:
     """Compile what `call` launches.
 
     Args:
         target: ``"sm_80"``, ``"sm_90"``, ``"sm_100"``, ``"gfx942"`` or any other that Triton compiles for.
         call: runs host code of the Triton backend on CPU tensors; what comes out is uninitialised memory.
+        names: of the functions to read the binaries of; of all if None.
 
     Returns:
         One for each different kernel that was launched, in that order.
@@ -74,7 +77,7 @@ def compile_kernels(target: str, call: Callable[[], object]) -> list[Kernel]:
     """
     with launches_compile(target) as launched:
         call()
-    unique = {kernel.hash: kernel for kernel in launched}
+    unique = {kernel.hash: kernel for kernel in launched if names is None or kernel.name in names}
     return [_read(kernel, target) for kernel in unique.values()]
 
 
@@ -185,7 +188,7 @@ def _read_amd(kernel: Any) -> dict[str, Any]:
 
     return {
         "registers": number("vgpr_count"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "spills": number("vgpr_spill_count"),  # those of scalars go to vector registers, not to memory
         "stack": number("private_segment_fixed_size"),
         "threads": number("max_flat_workgroup_size"),
         "opcodes": dict(Counter(_GCN.findall(code))),
