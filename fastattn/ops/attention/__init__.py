@@ -2,6 +2,7 @@
 
 from fastattn.ops.attention.api import Explanation, attention, attention_backward, explain
 from fastattn.ops.attention.biases import Bias, alibi, relative_position
+from fastattn.ops.attention.float8 import attention_float8
 from fastattn.ops.attention.kv_cache import (
     KVCache,
     Rotary,
@@ -32,6 +33,7 @@ __all__ = [
     "alibi",
     "attention",
     "attention_backward",
+    "attention_float8",
     "attention_statistics",
     "attention_with_kv_cache",
     "block_sparse",

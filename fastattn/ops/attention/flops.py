@@ -44,6 +44,7 @@ def _decode(
 
 _FORMULAS: Final = {
     "attention_forward": _forward,
+    "attention_float8": _forward,
     "attention_backward": _backward,
     "attention_decode": _decode,
 }

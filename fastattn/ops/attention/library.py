@@ -34,6 +34,11 @@ torch.library.define(
     f"({_SAVED}, {_PROBLEM}, int wanted) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor drelative, Tensor dsinks)",
 )
+torch.library.define(
+    "fastattn::attention_float8",
+    "(Tensor q, Tensor k, Tensor v, Tensor? q_scale, Tensor? k_scale, Tensor? v_scale, "
+    f"{_PROBLEM}) -> (Tensor out, Tensor lse)",
+)
 # Where the tensors of a problem stand among an op's arguments, and the bits of `wanted`.
 _BIAS, _RELATIVE, _SINKS, _TENSORS, _DROPOUT = 3, 4, 6, 8, 17
 WANTED: Final = {_BIAS: 1, _RELATIVE: 2, _SINKS: 4}
@@ -60,13 +65,15 @@ def _backward(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return grads
 
 
-def new_heads_last(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
+def new_heads_last(
+    like: Tensor, batch: int, heads: int, length: int, dim: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """An uninitialised ``[B, H, L, D]`` that lies in memory as ``[B, L, H, D]``.
 
     Model code merges the heads right behind attention (``out.transpose(1, 2).reshape(B, L, H * D)``); in
     this layout that is a view. Every backend returns it, so that fakes and kernels agree on strides.
     """
-    return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
+    return like.new_empty((batch, length, heads, dim), dtype=dtype or like.dtype).transpose(1, 2)
 
 
 @torch.library.register_fake("fastattn::attention_forward")
@@ -74,6 +81,19 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, 
     batch, heads, length, _ = q.shape
     lse = q.new_empty((batch, heads, length), dtype=torch.float32)
     return new_heads_last(q, batch, heads, length, v.shape[3]), lse
+
+
+@torch.library.impl("fastattn::attention_float8", ("cpu", "cuda"))
+def _float8(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    out: tuple[Tensor, Tensor] = _kernels(args[-1]).forward_float8(q, *args[:-1])
+    return out
+
+
+@torch.library.register_fake("fastattn::attention_float8")
+def _fake_float8(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = q.shape
+    lse = q.new_empty((batch, heads, length), dtype=torch.float32)
+    return new_heads_last(q, batch, heads, length, v.shape[3], torch.bfloat16), lse
 
 
 @torch.library.register_fake("fastattn::attention_backward")
@@ -303,4 +323,4 @@ Attention.forward.__signature__ = _Positional(  # type: ignore[attr-defined]
     list(inspect.signature(Attention.forward).parameters.values())
 )
 
-flops.register("attention_forward", "attention_backward")
+flops.register("attention_forward", "attention_float8", "attention_backward")

@@ -7,6 +7,6 @@ if interpreted():
 
 from fastattn.ops.attention.triton.backward import backward
 from fastattn.ops.attention.triton.decode import decode
-from fastattn.ops.attention.triton.forward import forward
+from fastattn.ops.attention.triton.forward import forward, forward_float8
 
-__all__ = ["backward", "decode", "forward"]
+__all__ = ["backward", "decode", "forward", "forward_float8"]

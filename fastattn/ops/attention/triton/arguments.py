@@ -36,6 +36,14 @@ class Sinks(NamedTuple):
     head: Any = None
 
 
+class Scales(NamedTuple):
+    """Factors on float8 q, k and v: float32 ``[B, H]``, ``[B, H_kv]`` and ``[B, H_kv]``."""
+
+    q: Any = None
+    k: Any = None
+    v: Any = None
+
+
 class Pages(NamedTuple):
     """Pages of `size` keys: which are a sequence's, int32 ``[B, columns]``; page b is sequence b if None."""
 
@@ -133,6 +141,7 @@ class Shape(NamedTuple):
         plain: whether scores are q kᵀ times a positive number.
         exact: whether rounding to float32 is all that may be lost.
         precision: of float32 products, as `tl.dot` names it.
+        float8: ``"no"``, ``"native"`` where the chip multiplies it, or ``"bytes"``.
     """
 
     dim: Any
@@ -145,6 +154,7 @@ class Shape(NamedTuple):
     plain: Any
     exact: Any
     precision: Any
+    float8: Any
 
 
 class Saved(NamedTuple):

@@ -26,7 +26,7 @@ from fastattn.ops.attention.triton.arguments import (
     sinks,
     unit_last,
 )
-from fastattn.ops.attention.triton.tile import INF, LN2, LOG2E, biased, capped, pair_of, seen
+from fastattn.ops.attention.triton.tile import INF, LN2, LOG2E, biased, capped, from_float8, pair_of, seen
 
 # Keys that a split has at least, so that merging costs less than it brings.
 _LEAST: Final = 256
@@ -241,10 +241,7 @@ def _load(
     data = x.data + page.to(tl.int64) * x.batch + kv_head.to(tl.int64) * x.head + slot.to(tl.int64) * x.row
     x_ = tl.load(data + column, mask=read & (column < DIM), other=0)
     if FLOAT8:
-        # e4m3: its exponent and fraction as float32's, whose exponent counts from 127 and not from 7.
-        bits = ((x_ & 0x7F).to(tl.uint32) << 20) | ((x_ & 0x80).to(tl.uint32) << 24)
-        value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
-        x_ = tl.where((x_ & 0x7F) == 0x7F, float("nan"), value)
+        x_ = from_float8(x_, tl.float32)
     elif x_.dtype == tl.int8:
         x_ = x_.to(tl.float32)  # the interpreter takes an integer's bits to be a bfloat16's
     return x_.to(dtype)

@@ -6,6 +6,7 @@ Source: Dao et al., "FlashAttention", NeurIPS 2022 (arXiv 2205.14135), algorithm
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastattn.ops.attention.library import new_heads_last
 from fastattn.ops.attention.triton import launch
-from fastattn.ops.attention.triton.arguments import Place, as_arguments, band, rows, sinks, unit_last
+from fastattn.ops.attention.triton.arguments import Place, Scales, as_arguments, band, rows, sinks, unit_last
 from fastattn.ops.attention.triton.tile import (
     INF,
     LN2,
@@ -23,6 +24,7 @@ from fastattn.ops.attention.triton.tile import (
     biased,
     capped,
     fetch_rows,
+    from_float8,
     in_order,
     kept,
     load_rows,
@@ -35,9 +37,31 @@ from fastattn.ops.attention.triton.walk import nth_part, nth_whole, through_keys
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
     """`fastattn::attention_forward` by Triton's kernels."""
+    return _attention(q, k, v, q.dtype, Scales(), problem)
+
+
+def forward_float8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    *problem: Any,
+) -> tuple[Tensor, Tensor]:
+    """`fastattn::attention_float8` by Triton's kernels."""
+    scales = Scales(q_scale, k_scale, v_scale)
+    if not launch.multiplies_float8(q.device):
+        q, k, v = (x.view(torch.uint8) for x in (q, k, v))
+    return _attention(q, k, v, torch.bfloat16, scales, problem)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, scales: Scales, problem: Sequence[Any]
+) -> tuple[Tensor, Tensor]:
     batch, heads, q_length, _ = q.shape
     k_length = k.shape[2]
-    out = new_heads_last(q, batch, heads, q_length, v.shape[3])
+    out = new_heads_last(q, batch, heads, q_length, v.shape[3], dtype)
     lse = q.new_empty((batch, heads, q_length), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
@@ -60,6 +84,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Ten
             options,
             tiles,
             sinks(problem[6]),
+            scales,
             batch,
             heads,
             heads // k.shape[1],
@@ -86,6 +111,7 @@ def _forward(
     problem,
     tiles,
     sinks,
+    scales,
     batches,
     heads,
     group,
@@ -103,10 +129,17 @@ def _forward(
     )
     batch = batch_head // heads
     head = batch_head % heads
+    kv_row = batch * (heads // group) + head // group
+    if scales.q is not None:
+        scale *= tl.load(scales.q + batch_head)
+    if scales.k is not None:
+        scale *= tl.load(scales.k + kv_row)
     place = Place(batch, head, q_length, k_length, first, end, scale)
     at = tile * QUERIES
     i = at + tl.arange(0, QUERIES)
     q_ = load_rows(q, batch, head, at, q_length, QUERIES, shape.dim, shape.width)
+    if shape.float8 == "bytes":
+        q_ = from_float8(q_, tl.float16)
 
     acc = tl.zeros([QUERIES, shape.v_width], tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
@@ -135,6 +168,8 @@ def _forward(
     acc /= total[:, None]
     if problem.seed is not None:
         acc *= problem.factor
+    if scales.v is not None:
+        acc *= tl.load(scales.v + kv_row)
     store_rows(out, batch, head, at, q_length, acc, QUERIES, shape.v_dim, shape.v_width)
     lse_ = tl.where(empty, -INF, (peak + tl.log2(total)) * LN2)
     tl.store(lse + batch_head.to(tl.int64) * q_length + i, lse_, mask=i < q_length)
@@ -146,6 +181,8 @@ def _attend(acc, total, peak, q_, k, v, problem, place, kv_head, i, n, shape, MA
     rows_ = i[:, None]
     j = (n + tl.arange(0, shape.keys))[None, :]
     k_ = fetch_rows(k, place.batch, kv_head, n, place.k_length, shape.keys, shape.dim, shape.width, MASKED)
+    if shape.float8 == "bytes":
+        k_ = from_float8(k_, tl.float16)
     s = tl.dot(q_, tl.trans(k_), input_precision=shape.precision)
     if shape.plain:
         factor = place.scale * LOG2E
@@ -165,5 +202,9 @@ def _attend(acc, total, peak, q_, k, v, problem, place, kv_head, i, n, shape, MA
     v_ = fetch_rows(
         v, place.batch, kv_head, n, place.k_length, shape.keys, shape.v_dim, shape.v_width, MASKED
     )
+    if shape.float8 == "bytes":
+        v_ = from_float8(v_, tl.float16)
+    elif shape.float8 == "native":
+        v_ = v_.to(tl.float16)  # weighed in float8, it would lose three digits of four
     acc = tl.dot(p.to(v_.dtype), v_, acc * rescale[:, None], input_precision=shape.precision)
     return acc, total, new

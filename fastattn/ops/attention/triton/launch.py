@@ -106,16 +106,39 @@ def shape(q: Tensor, v: Tensor, config: tuning.Config, problem: Problem, scale: 
     """What a kernel in tiles of `config` is compiled for."""
     # Scores that are q kᵀ times a positive number are not multiplied before a row's largest is known.
     plain = problem.softcap is None and problem.bias is None and problem.relative is None and scale > 0
+    plain = plain and float8(q) == "no"  # whose scale has factors that are not known here
     exact = q.dtype == torch.float32
-    return _shape(q.shape[3], v.shape[3], config.block_q, config.block_k, tma, plain, exact, precision(q))
+    dims = (q.shape[3], v.shape[3], config.block_q, config.block_k)
+    return _shape(*dims, tma, plain, exact, precision(q), float8(q))
 
 
 @cache
 def _shape(
-    dim: int, v_dim: int, queries: int, keys: int, tma: bool, plain: bool, exact: bool, precision: str
+    dim: int,
+    v_dim: int,
+    queries: int,
+    keys: int,
+    tma: bool,
+    plain: bool,
+    exact: bool,
+    precision: str,
+    float8: str,
 ) -> Shape:
-    known = (dim, width(dim), v_dim, width(v_dim), queries, keys, tma, plain, exact, precision)
+    known = (dim, width(dim), v_dim, width(v_dim), queries, keys, tma, plain, exact, precision, float8)
     return Shape(*(tl.constexpr(x) for x in known))
+
+
+def float8(x: Tensor) -> str:
+    """How a kernel takes x where it is float8_e4m3fn, as `Shape` names it."""
+    if x.dtype not in (torch.float8_e4m3fn, torch.uint8):
+        return "no"
+    return "bytes" if x.dtype == torch.uint8 else "native"
+
+
+def multiplies_float8(device: torch.device) -> bool:
+    """Whether the device has products of float8_e4m3fn."""
+    arch = tuning.architecture(device)
+    return arch == "gfx950" or (arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 89)
 
 
 def precision(q: Tensor) -> str:

@@ -86,6 +86,16 @@ def fetch_rows(
 
 
 @triton.jit
+def from_float8(bits, dtype: tl.constexpr):
+    """What bytes of float8_e4m3fn stand for."""
+    # Its exponent and fraction as float32's, whose exponent counts from 127 and not from 7: 2^120 apart.
+    size = bits & 0x7F
+    wide = (size.to(tl.uint32) << 20) | ((bits & 0x80).to(tl.uint32) << 24)
+    value = wide.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where(size == 0x7F, float("nan"), value).to(dtype)
+
+
+@triton.jit
 def store_rows(
     x, batch, head, at, length, values, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
 ):
