@@ -48,9 +48,15 @@ def interpreted(backend: str) -> bool:
 KERNELS = ("cpu", "triton") if torch.cuda.is_available() else ("cpu",)
 
 
+# In the interpreter a tile takes milliseconds: two tiles of queries and three of keys, a group of heads, and
+# head dims that are no power of two.
+INTERPRETED_SIZES = Sizes(batch=2, heads=2, kv_heads=1, q_length=33, k_length=70, dim=24, v_dim=17)
+
+
 def fitted(backend: str, sizes: Sizes) -> Sizes:
-    """`sizes`, or in the interpreter, at milliseconds a tile, at most 33 queries, 70 keys and two heads."""
+    """`sizes`, or in the interpreter at most the lengths and the heads of `INTERPRETED_SIZES`."""
     if not interpreted(backend):
         return sizes
-    q_length, k_length = min(sizes.q_length, 33), min(sizes.k_length, 70)
-    return sizes._replace(heads=2, kv_heads=1, q_length=q_length, k_length=k_length)
+    heads, kv_heads, q_length, k_length = INTERPRETED_SIZES[1:5]
+    lengths = {"q_length": min(sizes.q_length, q_length), "k_length": min(sizes.k_length, k_length)}
+    return sizes._replace(heads=heads, kv_heads=kv_heads, **lengths)

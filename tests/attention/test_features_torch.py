@@ -13,6 +13,7 @@ from fastattn.ops.attention.biases import as_bias
 from fastattn.ops.attention.masks import as_mask
 from fastattn.ops.attention.problem import resolve
 from fastattn.testing import FEATURES, Sizes, options_of, present_isas, sizes_for
+from tests.attention.cases import device_of, fitted, route
 
 pytestmark = pytest.mark.skipif(not present_isas(), reason="the C++ library is not here")
 OPS = torch.ops.fastattn
@@ -20,30 +21,37 @@ SIZES = Sizes(2, 4, 2, 20, 30, 8, 6)
 
 
 # One of each kind that the ops are given: intervals, blocks, dense, vectors over distance, origins, sinks.
+KINDS = [
+    ["documents-causal", "alibi-of-each"],
+    ["either-of-three", "sinks", "softcap"],
+    ["block-sparse-causal", "relative-position", "dropout"],
+    ["dense-mask", "bias-1HQK", "starts-of-each", "alibi"],
+]
+
+
 @pytest.mark.parametrize(
-    "names",
+    ("names", "backend"),
     [
-        ["documents-causal", "alibi-of-each"],
-        ["either-of-three", "sinks", "softcap"],
-        ["block-sparse-causal", "relative-position", "dropout"],
-        ["dense-mask", "bias-1HQK", "starts-of-each", "alibi"],
+        *(pytest.param(names, "cpu", id="-".join(names)) for names in KINDS),
+        pytest.param(["dense-mask", "bias-1HQK", "sinks"], "triton", id="triton"),
     ],
-    ids="-".join,
 )
-def test_opcheck(names: list[str]) -> None:
-    q, k, v = SIZES.tensors()
-    options = options_of(names, SIZES)
-    seed = torch.tensor([options["seed"]]) if "seed" in options else None
+def test_opcheck(names: list[str], backend: str) -> None:
+    with route(backend):
+        sizes, device = fitted(backend, SIZES), device_of(backend)
+    q, k, v = sizes.tensors(device=device)
+    options = options_of(names, sizes, device=device)
+    seed = torch.tensor([options["seed"]], device=device) if "seed" in options else None
     with torch.no_grad():
         problem = resolve(
             *(q, k, as_mask(options.get("mask")), as_bias(options.get("bias")), options.get("sinks"), seed),
             *(options.get("q_start"), options.get("k_start")),
             *(0.3, options.get("softcap", 0.0), options.get("dropout", 0.0)),
         )
-    torch.library.opcheck(OPS.attention_forward, (q, k, v, *problem, "cpu"))
-    out, lse = OPS.attention_forward(q, k, v, *problem, "cpu")
+    torch.library.opcheck(OPS.attention_forward, (q, k, v, *problem, backend))
+    out, lse = OPS.attention_forward(q, k, v, *problem, backend)
     dlse = torch.randn_like(lse).masked_fill(lse == float("-inf"), 0.0)
-    saved = (torch.randn_like(out), dlse, q, k, v, out, lse, *problem, "cpu")
+    saved = (torch.randn_like(out), dlse, q, k, v, out, lse, *problem, backend)
     own = (
         1 * (problem.bias is not None) + 2 * (problem.relative is not None) + 4 * (problem.sinks is not None)
     )
@@ -114,6 +122,33 @@ def test_no_recompile_for_a_new_length() -> None:
         for a, b in zip(step(compiled, length), step(everything, length), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
         counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
+
+
+def test_one_graph_on_triton_for_all_lengths() -> None:
+    """Its kernels are not looked into: the graph holds the ops."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def call(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        bias = fastattn.alibi(slopes)
+        found = fastattn.attention(q, k, v, mask=fastattn.causal(), bias=bias, backend=backend)
+        assert isinstance(found, Tensor)
+        return found.sin()
+
+    torch._dynamo.reset()
+    counter, counts = CompileCounterWithBackend("aot_eager"), []
+    compiled = torch.compile(call, backend=counter, fullgraph=True, dynamic=True)
+    with route("triton") as backend:
+        for length in (20, 17):
+            leaves = [*Sizes(1, 2, 1, length, length, 8, 8).tensors(), torch.tensor([0.5, 0.2])]
+            leaves = [x.to(device_of(backend)).requires_grad_() for x in leaves]
+            for a, b in zip(
+                torch.autograd.grad(compiled(*leaves).sum(), leaves),
+                torch.autograd.grad(call(*leaves).sum(), leaves),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, b)
+            counts.append(counter.frame_count)
     assert len(set(counts)) == 1
 
 

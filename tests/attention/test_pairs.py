@@ -42,8 +42,8 @@ SIZES = st.builds(
 JOINED = [name for name in FEATURES if name != "bias-1111"]
 FEW = st.lists(st.sampled_from(JOINED), min_size=2, max_size=3, unique=True)
 HERE = ["reference", *(f"cpu-{isa}" for isa in present_isas())]
-# What the Triton kernels could take for one another: a tile's list and its interval, the rows of a bias and of
-# a document, a position and an index.
+# What a Triton kernel could take for something else: a tile's list for its interval, the rows of a bias for a
+# document's, an index for a position.
 CONFUSABLE = [
     ["dense-mask", "dropout"],
     ["block-sparse", "dropout", "window"],

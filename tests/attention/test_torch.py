@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastattn
 from fastattn.ops.attention.problem import resolve
 from fastattn.testing import present_isas
+from tests.attention.cases import device_of, route
 
 pytestmark = pytest.mark.skipif(not present_isas(), reason="the C++ library is not here")
 OPS = torch.ops.fastattn
@@ -179,6 +180,36 @@ def test_checkpoint_drops_the_same_elements_again() -> None:
     torch.manual_seed(1)
     (again,) = torch.autograd.grad(checkpoint(call, q, use_reentrant=False).square().sum(), q)
     assert torch.equal(plain, again)
+
+
+def test_vmap_on_triton() -> None:
+    with route("triton") as backend:
+        device = device_of(backend)
+        f = lambda q, k, v: fastattn.attention(q, k, v, mask=fastattn.causal(), backend=backend)  # noqa: E731
+        q, k, v = (torch.randn(3, 1, 2, 9, 8, device=device) for _ in range(3))
+        found = torch.vmap(torch.func.grad(lambda q, k, v: f(q, k, v).square().sum()))(q, k, v)
+        want = torch.stack(
+            [
+                torch.func.grad(lambda q, k, v: causal(q, k, v).square().sum())(*x)
+                for x in zip(q, k, v, strict=True)
+            ]
+        )
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
+
+
+def test_export_on_triton() -> None:
+    """From CPU tensors, where it has to be asked for."""
+
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return fastattn.attention(q, k, v, mask=fastattn.causal(), backend="triton")
+
+    with route("triton") as backend:
+        inputs = [x.to(device_of(backend)) for x in qkv(9, grad=False)]
+        length = torch.export.Dim("length", min=2, max=4096)
+        program = torch.export.export(Model(), tuple(inputs), dynamic_shapes=({2: length},) * 3)
+        inputs = [x.to(device_of(backend)) for x in qkv(17, grad=False)]
+        torch.testing.assert_close(program.module()(*inputs), causal(*inputs), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
