@@ -121,6 +121,7 @@ def _keys_and_values(saved: Saved, dk: Tensor, dv: Tensor, problem: Sequence[Any
         *bounds,
         problem[15],
         launch.shape(q, v, config, options, problem[15], tma),
+        GROUPED=heads != kv_heads,
         **launch.options(config),
     )
 
@@ -216,6 +217,7 @@ def _dk_dv(
     end,
     scale,
     shape,
+    GROUPED: tl.constexpr,
 ):
     KEYS: tl.constexpr = shape.keys
     kv_heads = heads // group
@@ -229,26 +231,41 @@ def _dk_dv(
     v_ = load_rows(v, batch, kv_head, at, k_length, KEYS, shape.v_dim, shape.v_width)
     dk_ = tl.zeros([KEYS, shape.width], tl.float32)
     dv_ = tl.zeros([KEYS, shape.v_width], tl.float32)
-    for member in range(group):
-        head = kv_head * group + member
-        place = Place(batch, head, q_length, k_length, first, end, scale)
-        log2_sum_ = log2_sum + padded_row(heads, batch, head, q_length)
-        delta_ = delta + padded_row(heads, batch, head, q_length)
-        walk = through_queries(place, tiles, heads, at, shape.queries, KEYS)
-        for t in range(walk.wholes):
-            m = nth_whole(tiles, walk, t, shape.queries)
-            dk_, dv_ = _of_queries(
-                dk_, dv_, k_, v_, q, dout, log2_sum_, delta_, problem, place, m, at, shape, MASKED=False
+    # A loop around the loops over queries takes registers that those need.
+    if GROUPED:
+        for member in range(group):
+            place = Place(batch, kv_head * group + member, q_length, k_length, first, end, scale)
+            dk_, dv_ = _of_head(
+                dk_, dv_, k_, v_, q, dout, log2_sum, delta, problem, tiles, place, heads, at, shape
             )
-        for t in range(walk.parts):
-            m = nth_part(tiles, walk, t, shape.queries)
-            dk_, dv_ = _of_queries(
-                dk_, dv_, k_, v_, q, dout, log2_sum_, delta_, problem, place, m, at, shape, MASKED=True
-            )
+    else:
+        place = Place(batch, kv_head, q_length, k_length, first, end, scale)
+        dk_, dv_ = _of_head(
+            dk_, dv_, k_, v_, q, dout, log2_sum, delta, problem, tiles, place, heads, at, shape
+        )
     if problem.seed is not None:
         dv_ *= problem.factor
     store_rows(dk, batch, kv_head, at, k_length, dk_ * scale, KEYS, shape.dim, shape.width)
     store_rows(dv, batch, kv_head, at, k_length, dv_, KEYS, shape.v_dim, shape.v_width)
+
+
+@triton.jit
+def _of_head(dk, dv, k_, v_, q, dout, log2_sum, delta, problem, tiles, place, heads, at, shape):
+    """dk / scale and dv with the share of one query head."""
+    log2_sum += padded_row(heads, place.batch, place.head, place.q_length)
+    delta += padded_row(heads, place.batch, place.head, place.q_length)
+    walk = through_queries(place, tiles, heads, at, shape.queries, shape.keys)
+    for t in range(walk.wholes):
+        m = nth_whole(tiles, walk, t, shape.queries)
+        dk, dv = _of_queries(
+            dk, dv, k_, v_, q, dout, log2_sum, delta, problem, place, m, at, shape, MASKED=False
+        )
+    for t in range(walk.parts):
+        m = nth_part(tiles, walk, t, shape.queries)
+        dk, dv = _of_queries(
+            dk, dv, k_, v_, q, dout, log2_sum, delta, problem, place, m, at, shape, MASKED=True
+        )
+    return dk, dv
 
 
 @triton.jit
