@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -88,6 +88,9 @@ _ARGUMENTS: Final[dict[str, tuple[str, ...]]] = {
     "repeat_interleave": ("input", "repeats", "dim"),
     "tril": ("input", "diagonal"),
     "triu": ("input", "diagonal"),
+    "scaled_dot_product_attention": (
+        *("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
+    ),
     "cumsum": ("input", "dim"),
     "diff": ("input", "n", "dim", "prepend", "append"),
 }
@@ -101,6 +104,9 @@ _DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "tril": {"diagonal": 0},
     "triu": {"diagonal": 0},
     "diff": {"n": 1, "dim": -1, "prepend": None, "append": None},
+    "scaled_dot_product_attention": {
+        **{"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False},
+    },
 }
 # Two names that some overloads give to the same argument.
 _ALIASES: Final = {
@@ -135,6 +141,12 @@ def value_of(x: Any) -> Any:
     return x.meta.get("example_value", x.meta.get("val"))
 
 
+def result_of(node: fx.Node) -> Any:
+    """What a node gives; of several results the first."""
+    value = value_of(node)
+    return value[0] if isinstance(value, (tuple, list)) else value
+
+
 def shape_of(node: fx.Node) -> tuple[Size, ...]:
     return tuple(value_of(node).shape)
 
@@ -146,6 +158,10 @@ def same(a: Size, b: Size) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # noqa: PLC0415 - brings sympy
 
     return bool(statically_known_true(a == b))
+
+
+def same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
 def plain(x: Any) -> Any:
@@ -340,11 +356,13 @@ class Writer:
 
     def __init__(self, before: fx.Node) -> None:
         self.graph, self.before = before.graph, before
+        self.nodes: list[fx.Node] = []
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         """A node that calls `function`; what it gives is computed with the values noted for `args`."""
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(function, args)
+        self.nodes.append(node)
         node.meta = {
             key: self.before.meta[key]
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")

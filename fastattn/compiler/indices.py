@@ -55,6 +55,8 @@ class Choice:
 Meaning = Affine | Keep | Choice | None
 
 
+# Inputs of a region that a higher-order op holds: what they are in the graph around it.
+Outer = dict[fx.Node, "tuple[Indices, fx.Node]"]
 # Positions below 2^24 are what they are in these.
 _EXACT = (torch.int64, torch.int32, torch.float64, torch.float32)
 
@@ -62,7 +64,8 @@ _EXACT = (torch.int64, torch.int32, torch.float64, torch.float32)
 class Indices:
     """Meanings of the nodes of one graph, each worked out once."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, outer: Outer | None = None) -> None:
+        self.outer = outer or {}
         self._known: dict[fx.Node, Meaning] = {}
         self._place = {node: i for i, node in enumerate(graph.nodes)}
         self.written = {storage_of(x) for node in graph.nodes for x in writes_of(node)}
@@ -79,23 +82,30 @@ class Indices:
             while waiting:
                 one = waiting.pop()
                 order.append(one)
-                for x in one.all_input_nodes:
-                    if x not in seen and x not in self._known and len(seen) < 2000:
+                for x in one.all_input_nodes if self._rule(one) else ():
+                    if x not in seen and x not in self._known:
                         seen.add(x)
                         waiting.append(x)
             for one in sorted(order, key=lambda x: self._place.get(x, -1)):
                 self._known[one] = self._work_out(one)
         return self._known[node]
 
-    def _work_out(self, node: fx.Node) -> Meaning:
+    def _rule(self, node: fx.Node) -> Callable[[fx.Node, Call], Meaning] | None:
         call = call_of(node)
+        if call is None or call.in_place:
+            return None
+        rule: Callable[[fx.Node, Call], Meaning] | None = getattr(self, f"_{call.name.strip('_')}", None)
+        return rule
+
+    def _work_out(self, node: fx.Node) -> Meaning:
         value = value_of(node)
-        if call is None or call.in_place or not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or storage_of(node) in self.written:
             return None
-        if storage_of(node) in self.written:
-            return None
-        rule = getattr(self, f"_{call.name.strip('_')}", None)
-        if rule is None:
+        if node in self.outer:
+            outside, source = self.outer[node]
+            return outside.of(source)
+        rule, call = self._rule(node), call_of(node)
+        if rule is None or call is None:
             return None
         try:
             found: Meaning = rule(node, call)

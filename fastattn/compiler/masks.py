@@ -24,7 +24,7 @@ from fastattn.compiler.graph import (
     call_of,
     is_tensor,
     plain,
-    same,
+    same_shape,
     shape_of,
     storage_of,
     value_of,
@@ -94,10 +94,13 @@ class _Finder:
         # How many keys before and behind a query's own are seen, by whether its own is counted from the last.
         self.bounds: dict[bool, tuple[list[int], list[int]]] = {False: ([], []), True: ([], [])}
         self.masking = Masking()
+        self._written = meanings.written - {None}
         # The finite numbers that mask: by filling, by being added; and those too weak for rows without keys.
         self.filled: set[float] = set()
         self.summed: list[float] = []
         self.weak: list[Term] = []
+        if site.causal:
+            self._bounded([], [0])
 
     def fill(self, term: Term) -> None:
         if not term.number <= LOW:
@@ -108,7 +111,7 @@ class _Finder:
 
     def add(self, term: Term) -> None:
         """A term of a sum; `term.number` is its factor."""
-        node, call = term.node, call_of(term.node)
+        node, call = term.node, self._call(term.node)
         if call is not None and call.name == "add" and not call.in_place and call.args[2] == 1:
             parts = call.args[:2]
             if all(is_tensor(x) and value_of(x).is_floating_point() for x in parts):
@@ -121,7 +124,7 @@ class _Finder:
             return
         choice = self._choice(term, call)
         if choice is None:
-            if self._constant(node) is None:  # a constant is the same for a whole row
+            if _constant(node, self.meanings) is None:  # a constant is the same for a whole row
                 self.masking.bias.append(term)
             return
         shown, condition, keeps, low = choice
@@ -141,6 +144,13 @@ class _Finder:
             self.condition(condition, keeps, term)
         else:
             self.masking.keep.append(Term(node, term.layout, keeps=True))  # where it is 0
+
+    def _call(self, node: fx.Node) -> Call | None:
+        """What a node calls, where what it reads is not written into, and may be read again later."""
+        call = call_of(node)
+        if call is None or call.in_place or any(storage_of(x) in self._written for x in node.all_input_nodes):
+            return None
+        return call
 
     def _moved_only(self, term: Term, call: Call | None) -> Term | None:
         """The term before a call that only casts it, broadcasts it, or adds dimensions of size 1."""
@@ -168,22 +178,17 @@ class _Finder:
                 dims[s] = layout[d]
         return term._replace(node=source, layout=tuple(dims))
 
-    def _constant(self, node: fx.Node) -> float | None:
-        meaning = self.meanings.of(node)
-        if (
-            isinstance(meaning, indices.Affine)
-            and meaning.constant
-            and isinstance(meaning.const, (int, float))
-        ):
-            return float(meaning.const)
-        return None
-
     def _choice(
         self, term: Term, call: Call | None
     ) -> tuple[Keep | None, fx.Node | None, bool, float] | None:
         """The condition of an added tensor of two values, one 0: its meaning, its node, whether True gives
         the 0; and the other value."""
-        meaning = self.meanings.of(term.node)
+        meanings, node = self.meanings, term.node
+        inside = node in meanings.outer
+        if inside:
+            meanings, node = meanings.outer[node]
+            call = call_of(node)
+        meaning = meanings.of(node)
         shown, condition = None, None
         yes: float | None
         no: float | None
@@ -192,24 +197,26 @@ class _Finder:
         elif call is None or call.in_place or call.name not in ("where", "masked_fill"):
             return None
         elif call.name == "where":
-            condition, yes, no = call.args[0], self._number(call.args[1]), self._number(call.args[2])
+            condition, yes, no = call.args[0], *(_number(x, meanings) for x in call.args[1:])
         else:
-            condition, yes, no = call.args[1], self._number(call.args[2]), self._number(call.args[0])
+            condition, yes, no = (
+                call.args[1],
+                _number(call.args[2], meanings),
+                _number(call.args[0], meanings),
+            )
+        if inside:
+            condition = None  # a node of the graph around this one
         if yes == 0 and no is not None:
             return shown, condition, True, no
         if no == 0 and yes is not None:
             return shown, condition, False, yes
         return None
 
-    def _number(self, x: Any) -> float | None:
-        number = constant_of(x)
-        return self._constant(x) if number is None and isinstance(x, fx.Node) else number
-
     def condition(self, node: Any, keeps: bool, term: Term) -> None:
         """A condition that masks; `keeps`: True may attend."""
         if not is_tensor(node):
             raise NoMatch("a mask that is no tensor")
-        call = call_of(node)
+        call = self._call(node)
         if call is not None and not call.in_place:
             if call.name in ("expand", "expand_as", "contiguous") or (
                 call.name == "to" and _is_bool(call.args[0])
@@ -328,11 +335,28 @@ class _Finder:
         zeroed = {term.node for term in self.site.zeros}
         if zeroed and zeroed == {term.node for term in self.site.fills} and not self.summed:
             return
+        if self.summed and self.site.softcap and value_of(self.site.q[0]).requires_grad:
+            raise NoMatch(
+                "a softcap, and rows that may have no keys, whose scores get a gradient all the same"
+            )
         if self.weak or len(self.filled) + len(self.summed) > 1:
             raise NoMatch(
                 "masks by finite numbers of which a row may have nothing else: its softmax depends on them"
             )
         masking.empty = UNIFORM if self.filled else UNIFORM_WITH_GRADIENT
+
+
+def _constant(node: fx.Node, meanings: Indices) -> float | None:
+    """The number that all of a tensor's elements are."""
+    meaning = meanings.of(node)
+    if isinstance(meaning, indices.Affine) and meaning.constant and isinstance(meaning.const, (int, float)):
+        return float(meaning.const)
+    return None
+
+
+def _number(x: Any, meanings: Indices) -> float | None:
+    number = constant_of(x)
+    return _constant(x, meanings) if number is None and isinstance(x, fx.Node) else number
 
 
 def _at_least(a: Any, b: Any) -> bool:
@@ -355,8 +379,7 @@ def _is_bool(x: Any) -> bool:
 def _same_shape(a: Any, b: fx.Node) -> bool:
     if not is_tensor(a):
         return False
-    x, y = shape_of(a), shape_of(b)
-    return len(x) == len(y) and all(same(i, j) for i, j in zip(x, y, strict=True))
+    return same_shape(shape_of(a), shape_of(b))
 
 
 _NOT_KNOWN: Final = {"dropout", "bernoulli", "multinomial", "normal", "new_empty", "item"}
@@ -391,7 +414,7 @@ def evaluated(node: fx.Node, written: set[int | None]) -> Tensor | None:
         waiting += [(x, False) for x in one.all_input_nodes]
     values: dict[fx.Node, Any] = {}
     try:
-        with _plain_mode():
+        with plain_mode():
             for one in order:
                 given: Any = fx.map_arg((one.args, one.kwargs), values.__getitem__)
                 args = [torch.device("cpu") if isinstance(x, torch.device) else x for x in given[0]]
@@ -405,7 +428,8 @@ def evaluated(node: fx.Node, written: set[int | None]) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.dtype == torch.bool else None
 
 
-def _plain_mode() -> Any:
+def plain_mode() -> Any:
+    """Inside, tensors are computed, also while dynamo traces."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily  # noqa: PLC0415
 
     return unset_fake_temporarily()

@@ -73,6 +73,7 @@ class Site:
         fills: what masks them.
         zeros: what sets probabilities to 0 behind the softmax.
         dropout: probability.
+        causal: whether a query sees no key behind its own, both counted from the first.
         weights: numbers and tensors that multiply the probabilities.
         layout: of `out`.
     """
@@ -100,6 +101,7 @@ class Site:
     zeros: list[Term] = field(default_factory=list)
     weights: list[Term] = field(default_factory=list)
     weight: float = 1.0
+    causal: bool = False
 
 
 Step = tuple[fx.Node, Call, int]  # node, call, which argument the scores are
@@ -438,9 +440,7 @@ class _Weights(_Moves):
             raise NoMatch("dropout that is turned on by a tensor")
         if not training:
             return
-        number = fixed_number(p)
-        if number is None or not 0 <= number < 1:
-            raise NoMatch(f"dropout with p={p}")
+        number = fixed_probability(p)
         if number > 0 and self.site.dropout > 0:
             raise NoMatch("two dropouts")
         self.site.dropout = max(self.site.dropout, number)
@@ -463,6 +463,14 @@ class _Weights(_Moves):
         if constant_of(call.args[2]) != 0:
             raise NoMatch("the probabilities are filled with something other than 0")
         self.site.zeros.append(Term(call.args[1], layout))
+
+
+def fixed_probability(p: Any) -> float:
+    """A dropout probability; a symbolic one is pinned to its value by a guard."""
+    number = fixed_number(p)
+    if number is None or not 0 <= number < 1:
+        raise NoMatch(f"dropout with p={p}")
+    return number
 
 
 def constant_of(x: Any) -> float | None:

@@ -46,15 +46,17 @@ class Record:
 
     def describe(self, site: Site) -> None:
         """Note the sizes of a site."""
-        from fastattn.compiler.graph import value_of  # noqa: PLC0415
+        from fastattn.compiler.graph import result_of  # noqa: PLC0415 - brings torch.fx
 
         sizes = [_value(site.axes.sizes[axis]) for axis in (*site.batch, site.rows, site.keys)]
         batch = sizes[:-2]
         self.shape = (math.prod(batch[:-1]), batch[-1] if batch else 1, *sizes[-2:])
         self.dropout = site.dropout
-        each = value_of(site.softmax).element_size()
-        each += (1 + value_of(site.out).element_size()) if site.dropout else 0
-        each += value_of(site.nodes[0]).element_size() if site.softcap else 0
+        if len(site.nodes) == 1:
+            return  # a call of torch's, which may have a kernel of its own
+        each = result_of(site.softmax).element_size()
+        each += (1 + result_of(site.out).element_size()) if site.dropout else 0
+        each += result_of(site.nodes[0]).element_size() if site.softcap else 0
         self.saved_bytes = math.prod(sizes) * each
 
 

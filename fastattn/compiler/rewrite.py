@@ -7,30 +7,34 @@ gradient; after the joint graph is made the decision to keep the L×L matrix has
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
 
 from fastattn.compiler import op
-from fastattn.compiler.axes import Layout, NoMatch
+from fastattn.compiler.axes import NoMatch
 from fastattn.compiler.emit import Emitter
 from fastattn.compiler.graph import (
-    call_of,
     erase_unused,
     location_of,
-    same,
-    shape_of,
+    result_of,
+    same_shape,
     storage_of,
     thread_writes,
     value_of,
     writes_of,
 )
-from fastattn.compiler.indices import Indices
-from fastattn.compiler.masks import Masking, masking_of
+from fastattn.compiler.indices import Indices, Outer
+from fastattn.compiler.inputs import Written, before_repeat, before_widening
+from fastattn.compiler.masks import Masking, masking_of, plain_mode
 from fastattn.compiler.patterns import Site, find, is_candidate
 from fastattn.compiler.report import Record
+from fastattn.compiler.torch_calls import MultiHead, is_torch_call, site_of
+from fastattn.ops.attention import explain
 
+MAX_HEAD_DIM: Final = 512
 # Calls that change how what follows them is computed.
 _MODES: Final = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 _TRANSFORMS: Final = ("_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting")
@@ -54,37 +58,60 @@ def replace_attention(module: fx.GraphModule) -> list[Record]:
     Returns:
         A record for each site, whether replaced or left.
     """
-    records = []
-    for graph_module, inside in _graphs(module):
-        graph = graph_module.graph
-        candidates = [node for node in graph.nodes if is_candidate(node)]
-        if not candidates:
-            continue
-        thread_writes(graph)
-        meanings = Indices(graph)
-        changed = False
-        for softmax in candidates:
-            record = _one(softmax, meanings, inside)
-            records.append(record)
-            changed = changed or record.rewritten
-        if changed:
-            graph.lint()
-            graph_module.recompile()
+    return [record for region in _regions(module) for record in _in_region(region)]
+
+
+@dataclass
+class _Region:
+    """A graph, and what is known of it before it is looked at.
+
+    Attributes:
+        module: whose graph it is.
+        meanings: of its nodes.
+        held_by: the higher-order op that holds it, where it must not be touched.
+    """
+
+    module: fx.GraphModule
+    meanings: Indices
+    held_by: str | None = None
+
+
+def _in_region(region: _Region) -> list[Record]:
+    graph = region.module.graph
+    candidates = [node for node in graph.nodes if is_candidate(node) or is_torch_call(node)]
+    records = [_one(node, region.meanings, region.held_by) for node in candidates]
+    if any(record.rewritten for record in records):
+        graph.lint()
+        region.module.recompile()
     return records
 
 
-def _graphs(module: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, str | None]]:
-    """A module's graph and its regions'; with the op that holds it, where it must not be touched."""
-    yield module, None
-    for node in module.graph.nodes:
-        name = getattr(node.target, "__name__", str(node.target))
-        for x in node.all_input_nodes:
-            if x.op != "get_attr":
+def _regions(module: fx.GraphModule) -> list[_Region]:
+    """A module's graph and those that higher-order ops in it hold, each with what its inputs are outside."""
+    thread_writes(module.graph)
+    found = [_Region(module, Indices(module.graph))]
+    for region in found:
+        held = [
+            (node, x)
+            for node in region.module.graph.nodes
+            for x in node.all_input_nodes
+            if x.op == "get_attr"
+        ]
+        for node, x in held:
+            inner = _attribute(region.module, str(x.target))
+            if not isinstance(inner, fx.GraphModule):
                 continue
-            held = _attribute(module, str(x.target))
-            if isinstance(held, fx.GraphModule):
-                for inner, inside in _graphs(held):
-                    yield inner, inside or (None if name in _HOLDERS else name)
+            name = getattr(node.target, "__name__", str(node.target))
+            thread_writes(inner.graph)
+            outer: Outer = {}
+            inputs = inner.graph.find_nodes(op="placeholder")
+            given = [a for a in node.args[1:] if isinstance(a, fx.Node)]
+            # What is called in several places may be given something else in each.
+            if name in _HOLDERS and len(given) == len(inputs) and len(x.users) == 1:
+                outer = {a: (region.meanings, b) for a, b in zip(inputs, given, strict=True)}
+            held_by = region.held_by or (None if name in _HOLDERS else name)
+            found.append(_Region(inner, Indices(inner.graph, outer), held_by))
+    return found
 
 
 def _attribute(module: Any, path: str) -> Any:
@@ -93,24 +120,52 @@ def _attribute(module: Any, path: str) -> Any:
     return module
 
 
-def _one(softmax: fx.Node, meanings: Indices, inside: str | None) -> Record:
-    record = Record(location_of(softmax))
+def _one(node: fx.Node, meanings: Indices, held_by: str | None) -> Record:
+    record = Record(location_of(node))
+    heads: MultiHead | None = None
     try:
-        if inside is not None:
-            raise NoMatch(f"it is inside {inside}")
-        site = find(softmax)
+        if held_by is not None:
+            raise NoMatch(f"it is inside {held_by}")
+        if node.target is torch.nn.functional.multi_head_attention_forward:
+            heads = MultiHead(node)
+            site = heads.site()
+        else:
+            site = site_of(node) if is_torch_call(node) else find(node)
         record.describe(site)
         masking = masking_of(site, meanings)
         record.mask = masking.words
+        _check_kernel(site)
         _check_between(site)
-        replacement = _emit(site, masking)
+        new = _emit(site, masking, meanings.written, None if heads is None else value_of(site.q[0]).dtype)
     except NoMatch as error:
+        if heads is not None:
+            erase_unused(heads.write.nodes[::-1])
         record.reason = str(error)
         return record
-    site.out.replace_all_uses_with(replacement)
-    erase_unused(list(reversed(site.nodes)))
+    if heads is not None:
+        heads.close(new)
+    else:
+        site.out.replace_all_uses_with(new)
+    erase_unused([*node.users, *reversed(site.nodes)])
     record.rewritten = True
     return record
+
+
+def _check_kernel(site: Site) -> None:
+    """Raise where no kernel computes this, and what would holds the whole matrix as the naive code does."""
+    for axis in (site.inner, site.width):
+        dim = site.axes.sizes[axis]
+        if type(dim) is int and not 1 <= dim <= MAX_HEAD_DIM:
+            raise NoMatch(f"expected a head_dim of 1 to {MAX_HEAD_DIM}, got {dim}")
+    q = value_of(site.q[0])
+    if q.device.type == "meta":
+        return
+    with plain_mode():
+        tiny = torch.zeros((1, 1, 1, 8), dtype=result_of(site.out).dtype, device=q.device)
+        found = explain(tiny, tiny, tiny)
+    if found.backend == "reference":
+        why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in found.reasons.items())
+        raise NoMatch(f"no kernel for it: {why}")
 
 
 def _check_between(site: Site) -> None:
@@ -143,14 +198,30 @@ def _inputs(site: Site) -> Iterator[fx.Node]:
         )
 
 
-def _emit(site: Site, masking: Masking) -> fx.Node:
-    """The nodes that stand for the site, before its last; the last of them."""
+def _emit(site: Site, masking: Masking, written: Written, dtype: torch.dtype | None) -> fx.Node:
+    """The nodes that stand for the site, before its last; the last of them. `dtype`: of those, if not its."""
     write = Emitter(site)
-    out_dtype, score_dtype = value_of(site.out).dtype, value_of(site.nodes[0]).dtype
-    q, k, v = site.q, site.k, site.v
+    try:
+        new = _attend(write, masking, written, dtype or value_of(site.out).dtype)
+        found, wanted = value_of(new), value_of(site.out)
+        if dtype is not None:
+            return new
+        if found.dtype != wanted.dtype or not same_shape(found.shape, wanted.shape):
+            expected = f"{wanted.dtype} {list(wanted.shape)}"
+            raise NoMatch(f"it would give {found.dtype} {list(found.shape)}, not {expected}")
+    except NoMatch:
+        erase_unused(write.nodes[::-1])
+        raise
+    return new
+
+
+def _attend(write: Emitter, masking: Masking, written: Written, out_dtype: torch.dtype) -> fx.Node:
+    """The nodes that compute a site's attention, in the layout and dtype that its last node has."""
+    site = write.site
+    score_dtype = out_dtype if len(site.nodes) == 1 else value_of(site.nodes[0]).dtype
     # A cast to more digits before the product is what the kernels do inside.
-    q, k, v = ((_before_widening(node), layout) for node, layout in (q, k, v))
-    k, v = _before_repeat(site, k, v)
+    q, k, v = ((before_widening(node, written), layout) for node, layout in (site.q, site.k, site.v))
+    k, v = before_repeat(site, k, v, written)
     given = {value_of(x[0]).dtype for x in (q, k, v)}
     if given == {out_dtype} or score_dtype == out_dtype:
         dtype = out_dtype
@@ -181,90 +252,4 @@ def _emit(site: Site, masking: Masking) -> fx.Node:
         masking.empty,
         op.version(),
     )
-    new = write.weighted(new)
-    new = write.as_before(write.cast(new, out_dtype))
-    found, wanted = value_of(new), value_of(site.out)
-    if found.dtype != wanted.dtype or len(found.shape) != len(wanted.shape):
-        raise NoMatch(
-            f"it would give {found.dtype} {list(found.shape)}, not {wanted.dtype} {list(wanted.shape)}"
-        )
-    if not all(same(a, b) for a, b in zip(found.shape, wanted.shape, strict=True)):
-        raise NoMatch(f"it would give {list(found.shape)}, not {list(wanted.shape)}")
-    return new
-
-
-def _before_widening(node: fx.Node) -> fx.Node:
-    call = call_of(node)
-    if call is None or call.name != "to" or call.in_place or not call.args:
-        return node
-    source = call.args[0]
-    if not isinstance(source, fx.Node) or not isinstance(value_of(source), Tensor):
-        return node
-    narrow, wide = value_of(source).dtype, value_of(node).dtype
-    if narrow in (torch.bfloat16, torch.float16) and wide == torch.float32:
-        return _before_widening(source)
-    return node
-
-
-Placed = tuple[fx.Node, Layout]
-
-
-def _before_repeat(site: Site, k: Placed, v: Placed) -> tuple[Placed, Placed]:
-    """The keys and values before each head of theirs was repeated for a group of queries' heads."""
-    found = [_unrepeated(site, *x) for x in (k, v)]
-    if found[0] is None or found[1] is None or found[0][2] != found[1][2]:
-        return k, v
-    return found[0][:2], found[1][:2]
-
-
-def _unrepeated(site: Site, node: fx.Node, layout: Layout) -> tuple[fx.Node, Layout, tuple[int, ...]] | None:
-    """The node without its repetition, its layout, and the axes that are repeated over."""
-    call = call_of(node)
-    if call is None or call.in_place:
-        return None
-    source = call.args[0]
-    axes = site.axes
-    if call.name in ("transpose", "permute", "contiguous"):
-        rank = len(layout)
-        if call.name == "contiguous":
-            order = list(range(rank))
-        elif call.name == "transpose":
-            order = list(range(rank))
-            a, b = call.args[1] % rank, call.args[2] % rank
-            order[a], order[b] = order[b], order[a]
-        else:
-            dims = call.args[1] if isinstance(call.args[1], (tuple, list)) else call.args[1:]
-            order = [d % rank for d in dims]
-        inner: list[tuple[int, ...]] = [()] * rank
-        for at, d in enumerate(order):
-            inner[d] = layout[at]
-        return _unrepeated(site, source, tuple(inner))
-    dim, groups = -1, 1
-    base = source
-    if call.name == "repeat_interleave" and type(call.args[1]) is int:
-        dim, groups = call.args[2] % len(layout), call.args[1]
-    elif call.name == "reshape":
-        expand = call_of(source)
-        if expand is None or expand.name != "expand":
-            return None
-        base = expand.args[0]
-        wide, narrow, merged = shape_of(source), shape_of(base), shape_of(node)
-        repeated = [d for d, (x, y) in enumerate(zip(wide, narrow, strict=False)) if not same(x, y)]
-        if len(wide) != len(narrow) or len(repeated) != 1 or len(merged) != len(wide) - 1:
-            return None
-        at = repeated[0]
-        if at == 0 or type(wide[at]) is not int or not same(narrow[at], 1):
-            return None
-        expected = (*wide[: at - 1], wide[at - 1] * wide[at], *wide[at + 1 :])
-        if not all(same(x, y) for x, y in zip(expected, merged, strict=True)):
-            return None
-        dim, groups = at - 1, wide[at]
-    if dim < 0 or len(layout[dim]) != 1:
-        return None
-    axis = layout[dim][0]
-    size = axes.sizes[axis]
-    if axis not in site.batch or type(size) is not int or size % groups or site.batch[-1] != axis:
-        return None
-    if call.name == "repeat_interleave":
-        return base, layout, (axis, groups)
-    return base, (*layout[:dim], layout[dim], (), *layout[dim + 1 :]), (axis, groups)
+    return write.as_before(write.cast(write.weighted(new), out_dtype))

@@ -1,4 +1,4 @@
-"""Naive attention as people write it: functions of q, k, v ``[B, H, L, D]``, and what their masks are found to be."""
+"""Naive attention as people write it: functions of q, k, v ``[B, H, L, D]``, and what their masks are."""
 
 from __future__ import annotations
 
