@@ -1,4 +1,4 @@
-"""The command `fastattn`: `env`, `train`, `compare`, `gpu-check`, `tune`, `bench`.
+"""The command `fastattn`: `env`, `train`, `compare`, `explain-model`, `gpu-check`, `tune`, `bench`.
 
 A subcommand's module is imported when it is chosen, so that `fastattn env` needs torch alone. Such a module
 has `add_arguments(parser)` and `run(args) -> int`.
@@ -29,6 +29,7 @@ _COMMANDS: Final = {
     "env": "tell what this installation runs on, and why",
     "train": "train GPT-2 on real text",
     "gpu-check": "check on this machine's GPU that fastattn is right, and how fast it is",
+    "explain-model": "tell which attentions of a model the compiler pass replaces, and why not the others",
     "compare": "train with the standard attention and with ours, side by side",
     "tune": "find block sizes for the GPU at hand, and write them to the tuning table",
     "bench": "run the benchmarks of a source checkout; further arguments go to pytest",
@@ -95,6 +96,8 @@ def _parse(argv: list[str], chosen: str | None) -> tuple[argparse.Namespace, lis
         _add(subparsers["train"], "fastattn.gpt2.train")
     elif chosen == "tune":
         _add(subparsers["tune"], "fastattn.tune")
+    elif chosen == "explain-model":
+        _add(subparsers["explain-model"], "fastattn.compiler.command")
     elif chosen == "compare":
         what = subparsers["compare"].add_subparsers(dest="what", required=True, metavar="what")
         for name, module in _COMPARISONS.items():

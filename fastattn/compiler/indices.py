@@ -323,6 +323,10 @@ class Indices:
             return Affine(-x.const, tuple(-c for c in x.coef))
         return _arithmetic(x, lambda n: -n) if isinstance(x, Choice) else None
 
+    def _log(self, node: fx.Node, call: Call) -> Meaning:
+        x = self.of(call.args[0])
+        return _arithmetic(x, lambda n: math.log(n) if n else -math.inf) if isinstance(x, Choice) else None
+
     def _diff(self, node: fx.Node, call: Call) -> Meaning:
         x, n, dim, prepend, append = call.args
         a, first = self.of(x), self.of(prepend)
@@ -423,6 +427,8 @@ class Indices:
             return Keep((*x.parts, part), rank)
         if isinstance(x, Affine) and _is_number(x):
             return Choice(Keep((part,), rank), x.const, 0)
+        if isinstance(x, Choice) and x.no == 0:
+            return Choice(Keep((*x.when.parts, part), rank, x.when.never), x.yes, 0)
         return None
 
     def _triu(self, node: fx.Node, call: Call) -> Meaning:

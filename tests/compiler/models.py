@@ -11,28 +11,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCABULARY, WIDTH, HEADS, LENGTH = 61, 32, 4, 20
-_ROPE = dict(
-    hidden_size=WIDTH,
-    num_attention_heads=HEADS,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    vocab_size=VOCABULARY,
-    max_position_embeddings=64,
-    attn_implementation="eager",
-)
-_BERT = dict(
-    hidden_size=WIDTH,
-    num_hidden_layers=2,
-    num_attention_heads=HEADS,
-    intermediate_size=48,
-    attn_implementation="eager",
-)
+_ROPE = {
+    "hidden_size": WIDTH,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "attn_implementation": "eager",
+}
+_BERT = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 48,
+    "attn_implementation": "eager",
+}
 
 
 def gpt2(**changed: Any) -> nn.Module:
     from transformers import GPT2Config, GPT2Model
 
-    given = dict(n_layer=2, n_head=HEADS, n_embd=WIDTH, vocab_size=VOCABULARY, n_positions=64, bos_token_id=0)
+    given = {
+        "n_layer": 2,
+        "n_head": HEADS,
+        "n_embd": WIDTH,
+        "vocab_size": VOCABULARY,
+        "n_positions": 64,
+        "bos_token_id": 0,
+    }
     return GPT2Model(GPT2Config(eos_token_id=0, attn_implementation="eager", **given, **changed))
 
 
@@ -45,7 +52,14 @@ def bert() -> nn.Module:
 def t5() -> nn.Module:
     from transformers import T5Config, T5Model
 
-    given = dict(d_model=WIDTH, d_kv=8, d_ff=48, num_layers=1, num_heads=HEADS, vocab_size=VOCABULARY)
+    given = {
+        "d_model": WIDTH,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 1,
+        "num_heads": HEADS,
+        "vocab_size": VOCABULARY,
+    }
     return T5Model(T5Config(attn_implementation="eager", use_cache=False, **given))
 
 

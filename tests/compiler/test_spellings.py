@@ -1,4 +1,4 @@
-"""Every spelling is found and gives the same, training and evaluation, static and dynamic; look-alikes stay."""
+"""Every spelling is found and gives the same, in training and evaluation, static and dynamic."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def check(call: Any, given: list[Tensor]) -> None:
 
 FOUR = [(B, H, L, D)] * 3
 CALLS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], str]] = {
-    "plain": (lambda q, k, v: SDPA(q, k, v), FOUR, "no mask"),
+    "plain": (SDPA, FOUR, "no mask"),
     "causal": (lambda q, k, v: SDPA(q, k, v, is_causal=True, scale=0.3), FOUR, "causal"),
     "causal_top_left": (
         lambda q, k, v: SDPA(q, k, v, is_causal=True),
@@ -64,15 +64,15 @@ CALLS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], str]] = {
         "window of 3 before and 0 behind",
     ),
     "bias": (lambda q, k, v, m: SDPA(q, k, v, attn_mask=m), [*FOUR, (H, L, L)], "bias"),
-    "three_dimensions": (lambda q, k, v: SDPA(q, k, v), [(B, L, D)] * 3, "no mask"),
-    "five_dimensions": (lambda q, k, v: SDPA(q, k, v), [(B, 3, H, L, D)] * 3, "no mask"),
+    "three_dimensions": (SDPA, [(B, L, D)] * 3, "no mask"),
+    "five_dimensions": (SDPA, [(B, 3, H, L, D)] * 3, "no mask"),
     "grouped": (
         lambda q, k, v: SDPA(q, k, v, enable_gqa=True),
         [(B, H, L, D), (B, 2, L, D), (B, 2, L, D)],
         "no mask",
     ),
-    "broadcast_heads": (lambda q, k, v: SDPA(q, k, v), [(B, H, L, D), (B, 1, L, D), (B, 1, L, D)], "no mask"),
-    "other_width": (lambda q, k, v: SDPA(q, k, v), [(B, H, L, D), (B, H, L, D), (B, H, L, 5)], "no mask"),
+    "broadcast_heads": (SDPA, [(B, H, L, D), (B, 1, L, D), (B, 1, L, D)], "no mask"),
+    "other_width": (SDPA, [(B, H, L, D), (B, H, L, D), (B, H, L, 5)], "no mask"),
 }
 
 
