@@ -30,7 +30,7 @@ Options = dict[str, Any]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_kernels = pytest.mark.skipif(not present_isas(), reason="the C++ library is not here")
 # What a half dtype can change in a kernel: in the interpreter these, anywhere else all.
-OF_HALF = {
+OF_BFLOAT16 = {
     "causal",
     "documents-causal",
     "block-sparse",
@@ -42,6 +42,13 @@ OF_HALF = {
     "half-sinks",
     "dropout",
 }
+OF_DTYPE = {
+    torch.float32: set(FEATURES),
+    torch.bfloat16: OF_BFLOAT16,
+    torch.float16: {"causal", "bias-BHQK", "dropout"},
+}
+# The sums of each kind of bias, and over broadcast dimensions.
+OF_BIASES = {"bias-BHQK", "bias-11QK", "bias-BH1K", "alibi-of-each", "relative-position", "sinks"}
 
 
 @pytest.fixture(params=ROUTES)
@@ -62,7 +69,7 @@ def device(backend: str) -> str:
         for r in ROUTES
         for name in FEATURES
         for dtype in DTYPES
-        if not interpreted(r) or dtype == torch.float32 or name in OF_HALF
+        if not interpreted(r) or name in OF_DTYPE[dtype]
     ],
     indirect=["backend"],
 )
@@ -130,7 +137,11 @@ def outcome(sizes: Sizes, names: list[str], backend: str = "cpu", **changes: Any
     return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-@pytest.mark.parametrize("name", [*BIASES, "sinks"])
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [(r, name) for r in ROUTES for name in (*BIASES, "sinks") if not interpreted(r) or name in OF_BIASES],
+    indirect=["backend"],
+)
 def test_only_the_bias_or_the_sinks_need_a_gradient(backend: str, device: str, name: str) -> None:
     sizes = fitted(backend, Sizes(q_length=33, k_length=47))
     q, k, v = sizes.tensors(device=device)
