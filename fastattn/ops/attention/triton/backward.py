@@ -231,18 +231,19 @@ def _dk_dv(
     v_ = load_rows(v, batch, kv_head, at, k_length, KEYS, shape.v_dim, shape.v_width)
     dk_ = tl.zeros([KEYS, shape.width], tl.float32)
     dv_ = tl.zeros([KEYS, shape.v_width], tl.float32)
-    # A loop around the loops over queries takes registers that those need.
-    if GROUPED:
+    if GROUPED and tiles.by_head:
         for member in range(group):
             place = Place(batch, kv_head * group + member, q_length, k_length, first, end, scale)
-            dk_, dv_ = _of_head(
-                dk_, dv_, k_, v_, q, dout, log2_sum, delta, problem, tiles, place, heads, at, shape
-            )
+            dk_, dv_ = _of_heads(
+                dk_, dv_, k_, v_, q, dout, log2_sum, delta, problem, tiles, place, heads, 1, at, shape,
+                SEVERAL=False,
+            )  # fmt: skip
     else:
-        place = Place(batch, kv_head, q_length, k_length, first, end, scale)
-        dk_, dv_ = _of_head(
-            dk_, dv_, k_, v_, q, dout, log2_sum, delta, problem, tiles, place, heads, at, shape
-        )
+        place = Place(batch, kv_head * group, q_length, k_length, first, end, scale)
+        dk_, dv_ = _of_heads(
+            dk_, dv_, k_, v_, q, dout, log2_sum, delta, problem, tiles, place, heads, group, at, shape,
+            SEVERAL=GROUPED,
+        )  # fmt: skip
     if problem.seed is not None:
         dv_ *= problem.factor
     store_rows(dk, batch, kv_head, at, k_length, dk_ * scale, KEYS, shape.dim, shape.width)
@@ -250,34 +251,52 @@ def _dk_dv(
 
 
 @triton.jit
-def _of_head(dk, dv, k_, v_, q, dout, log2_sum, delta, problem, tiles, place, heads, at, shape):
-    """dk / scale and dv with the share of one query head."""
-    log2_sum += padded_row(heads, place.batch, place.head, place.q_length)
-    delta += padded_row(heads, place.batch, place.head, place.q_length)
+def _of_heads(
+    dk, dv, k_, v_, q, dout, log2_sum, delta, problem, tiles, place, heads, count, at, shape,
+    SEVERAL: tl.constexpr,
+):  # fmt: skip
+    """dk / scale and dv with the share of `count` query heads that see the same; one if not SEVERAL.
+
+    A loop over heads around those over queries would take registers that these need.
+    """
     walk = through_queries(place, tiles, heads, at, shape.queries, shape.keys)
-    for t in range(walk.wholes):
-        m = nth_whole(tiles, walk, t, shape.queries)
+    wholes, parts = walk.wholes, walk.parts
+    if SEVERAL:
+        wholes, parts = count * wholes, count * parts
+    for t in range(wholes):
+        head, n = place.head, t
+        if SEVERAL:
+            head, n = place.head + t // walk.wholes, t % walk.wholes
+        here = Place(place.batch, head, place.q_length, place.k_length, place.first, place.end, place.scale)
+        m = nth_whole(tiles, walk, n, shape.queries)
         dk, dv = _of_queries(
-            dk, dv, k_, v_, q, dout, log2_sum, delta, problem, place, m, at, shape, MASKED=False
-        )
-    for t in range(walk.parts):
-        m = nth_part(tiles, walk, t, shape.queries)
+            dk, dv, k_, v_, q, dout, log2_sum, delta, problem, here, heads, m, at, shape, MASKED=False
+        )  # fmt: skip
+    for t in range(parts):
+        head, n = place.head, t
+        if SEVERAL:
+            head, n = place.head + t // walk.parts, t % walk.parts
+        here = Place(place.batch, head, place.q_length, place.k_length, place.first, place.end, place.scale)
+        m = nth_part(tiles, walk, n, shape.queries)
         dk, dv = _of_queries(
-            dk, dv, k_, v_, q, dout, log2_sum, delta, problem, place, m, at, shape, MASKED=True
-        )
+            dk, dv, k_, v_, q, dout, log2_sum, delta, problem, here, heads, m, at, shape, MASKED=True
+        )  # fmt: skip
     return dk, dv
 
 
 @triton.jit
-def _of_queries(dk, dv, k_, v_, q, dout, log2_sum, delta, problem, place, m, at, shape, MASKED: tl.constexpr):
+def _of_queries(
+    dk, dv, k_, v_, q, dout, log2_sum, delta, problem, place, heads, m, at, shape, MASKED: tl.constexpr
+):  # fmt: skip
     """dk / scale and dv with the share of a tile of queries from m; scores lie as ``[keys, queries]``."""
     i = m + tl.arange(0, shape.queries)
     j = at + tl.arange(0, shape.keys)
     batch, head, length = place.batch, place.head, place.q_length
     q_ = fetch_rows(q, batch, head, m, length, shape.queries, shape.dim, shape.width, MASKED=True)
     dout_ = fetch_rows(dout, batch, head, m, length, shape.queries, shape.v_dim, shape.v_width, MASKED=True)
-    log2_sum_ = tl.load(log2_sum + i)[None, :]
-    delta_ = tl.load(delta + i)[None, :]
+    row = padded_row(heads, batch, head, length)
+    log2_sum_ = tl.load(log2_sum + row + i)[None, :]
+    delta_ = tl.load(delta + row + i)[None, :]
     qk = tl.dot(k_, tl.trans(q_), input_precision=shape.precision)
     dp = tl.dot(v_, tl.trans(dout_), input_precision=shape.precision)
     keep = None
