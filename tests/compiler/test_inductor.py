@@ -78,7 +78,7 @@ def test_second_process_hits_the_caches(tmp_path: Path) -> None:
             check=True,
         )
         found.append(json.loads(done.stdout))
-    # Hits, misses, bypasses, sites. Inductor runs no pass on what it has; the backend looks at the graph first.
+    # Hits, misses, bypasses, sites. Inductor runs no pass on what it has; the backend looks first.
     assert found[0] == [[0, 1, 0, 1], [0, 1, 0, 1]]
     assert found[1] == [[1, 0, 0, 1], [1, 0, 0, 0]]
 

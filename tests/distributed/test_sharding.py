@@ -64,7 +64,8 @@ close(out, fastattn.attention(*few), "uneven")
 
 # FSDP2 around our modules.
 torch.manual_seed(1)
-model = torch.nn.Sequential(*(fastattn.CausalSelfAttention(n_embd=32, n_head=4, dropout=0.0) for _ in range(2)))
+block = lambda: fastattn.CausalSelfAttention(n_embd=32, n_head=4, dropout=0.0)
+model = torch.nn.Sequential(block(), block())
 x = torch.randn(2, 11, 32)
 wanted = model(x).square().mean()
 wanted.backward()
