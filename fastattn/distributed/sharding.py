@@ -21,9 +21,9 @@ _BATCH: Final = {"mask": 0, "blocks": 0, "ranges": 0, "bias": 0, "relative": 0, 
 def register_sharding() -> None:
     """Teach `DTensor` how attention is sharded, once in a process.
 
-    Inputs sharded over the batch or over the heads, as tensor parallelism leaves them, are computed where they
-    are; of grouped heads only where the devices share out the keys' heads evenly. Others are gathered first. So
-    is everything where there is dropout, which goes by the place in the whole batch.
+    Inputs sharded over the batch or over the heads, as tensor parallelism leaves them, are computed where
+    they are; of grouped heads only where the devices share out the keys' heads evenly. Others are gathered
+    first. So is everything where there is dropout, which goes by the place in the whole batch.
 
     Raises:
         RuntimeError: torch was built without `torch.distributed`.

@@ -1,0 +1,114 @@
+"""Trains transformers' GPT-2 with naive attention a step at a time: eager, compiled, or optimized.
+
+    python -m bench.compiler.worker HOW LAYERSxHEADSxWIDTH TOKENS DROPOUT DTYPE DEVICE
+
+A line on stdin is answered by a line of JSON: milliseconds of that step, its loss, its peak of memory, and
+the milliseconds that the pass has taken so far.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HOWS = ("eager", "compile", "optimize")
+
+
+def main() -> None:
+    how, size, tokens, dropout, dtype, device = sys.argv[1:]
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    layers, heads, width = (int(n) for n in size.split("x"))
+    torch.manual_seed(0)
+    p = float(dropout)
+    config = GPT2Config(
+        n_layer=layers,
+        n_head=heads,
+        n_embd=width,
+        n_positions=max(1024, int(tokens)),
+        attn_pdrop=p,
+        resid_pdrop=p,
+        embd_pdrop=p,
+        attn_implementation="eager",
+    )
+    model: Any = GPT2LMHeadModel(config).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    seconds = of_the_pass()
+    if how == "compile":
+        model.compile()
+    elif how == "optimize":
+        import fastattn
+
+        fastattn.optimize(model)
+    ids = torch.randint(config.vocab_size, (1, int(tokens) + 1), device=device)
+    half = getattr(torch, dtype)
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, half, enabled=half != torch.float32):
+            # The model's own loss logs a warning, which breaks the graph.
+            logits = model(ids[:, :-1], use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        return float(loss)
+
+    first = True
+    for _ in sys.stdin:
+        if not first:
+            reset_peak(device)
+        begin = time.perf_counter()
+        loss = step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        ms = (time.perf_counter() - begin) * 1000
+        said = {"ms": ms, "loss": loss, "peak_bytes": peak(device), "pass_ms": seconds[0] * 1000}
+        if how == "optimize" and first:
+            import fastattn.compiler
+
+            said["rewritten"] = fastattn.compiler.report().rewritten
+        print(json.dumps(said), flush=True)
+        first = False
+
+
+def of_the_pass() -> list[float]:
+    """The seconds that the pass takes, added up in a list of one."""
+    from fastattn.compiler import backend
+
+    found, replace = [0.0], backend.replace_attention
+
+    def timed(module: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return replace(module)
+        finally:
+            found[0] += time.perf_counter() - begin
+
+    backend.replace_attention = timed
+    return found
+
+
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()
