@@ -15,7 +15,7 @@ from fastattn.testing.compiled import Kernel, compile_kernels
 from fastattn.tune.calls import Case, features_as_words, forced
 
 # Of what a case is compiled for: no length is known at compile time.
-_SIZES: Final = Sizes(batch=2, heads=4, kv_heads=2, q_length=512, k_length=512)
+_SIZES: Final = Sizes(batch=2, heads=4, kv_heads=4, q_length=512, k_length=512)
 # Float32 tiles that a kernel holds in registers: of [block_q, dim], of [block_k, dim], of [block_q, block_k].
 _TILES: Final = {
     "forward": (1, 0, 1),
@@ -35,6 +35,9 @@ _FUNCTIONS: Final = {
     "relative": "_drelative",
 }
 _TENSOR_MEMORY: Final = 512
+# What it is worth that programs fill each other's gaps; that no tile is loaded ahead. Guesses.
+_SEVERAL: Final = 1.05
+_NOTHING_AHEAD: Final = 0.5
 
 
 class Compiled(NamedTuple):
@@ -82,15 +85,23 @@ def candidates(case: Case, arch: str) -> list[Config]:
 
 
 def _preference(case: Case, config: Config) -> tuple[float, ...]:
-    """Smaller is better: work, loads that run ahead, the block that is kept while others are streamed, ..."""
-    kept = config.block_k if case.kernel == "dkdv" else config.block_q
-    return (-_work(case, config), config.stages == 1, -kept, -config.stages, -config.warps)
+    """Smaller is better: the most work, loads that run ahead, then more stages and warps."""
+    return (-_work(case, config), config.stages == 1, -config.stages, -config.warps)
 
 
 def _work(case: Case, config: Config) -> float:
-    """Products for each number read: half the harmonic mean of the blocks; of decoding, keys on their way."""
-    block_q, block_k = config.block_q, config.block_k
-    return block_k if case.kernel == "decode" else block_q * block_k / (block_q + block_k)
+    """Products for each number read, where the tile that is kept while others are streamed counts twice.
+
+    Tensor cores read both from shared memory; of what comes through the L2 cache the kept tile's rows decide.
+    In decoding, which waits for memory alone, the keys that are on their way.
+    """
+    if case.kernel == "decode":
+        return config.block_k
+    kept, streamed = config.block_q, config.block_k
+    if case.kernel == "dkdv":
+        kept, streamed = streamed, kept
+    weight = 1 if case.kernel in ("bias", "relative") else 2
+    return 1 / (weight / kept + 1 / streamed)
 
 
 def _may_fit(case: Case, arch: str, config: Config) -> bool:
@@ -169,7 +180,7 @@ def without_measuring(case: Case, arch: str, tell: Callable[[Compiled], None]) -
     """
     best, best_score = None, 0.0
     for config in candidates(case, arch):
-        most = _work(case, config) * _enough_warps(case, arch)
+        most = _work(case, config) * _enough_warps(case, arch) * _SEVERAL
         if most <= best_score:
             break
         found = compile_candidate(case, arch, config)
@@ -183,18 +194,23 @@ def without_measuring(case: Case, arch: str, tell: Callable[[Compiled], None]) -
 def _score(case: Case, arch: str, found: Compiled) -> float:
     programs = min(kernel.programs or 1 for kernel in found.kernels)
     warps = min(_enough_warps(case, arch), programs * found.config.warps)
-    waits = found.config.stages == 1 and case.dtype != torch.float32
-    return _work(case, found.config) * warps * (0.5 if waits else 1.0)
+    score = _work(case, found.config) * warps
+    if programs > 1:
+        score *= _SEVERAL
+    if found.config.stages == 1 and case.dtype != torch.float32:
+        score *= _NOTHING_AHEAD
+    return score
 
 
 def _enough_warps(case: Case, arch: str) -> int:
     """Warps on a multiprocessor at a time beyond which more are no better.
 
     Forward's asynchronous products of one program run while another's softmax does. Elsewhere, and where a
-    warp waits for its products as on sm_80, larger tiles are worth more than more warps.
+    warp waits for its products as on sm_80, larger tiles are worth more than more warps. A guess as well.
     """
     asynchronous = not arch.startswith("gfx") and tuning.shared_memory(arch) >= tuning.shared_memory("sm_90")
-    return 16 if asynchronous and case.kernel == "forward" and case.dtype != torch.float32 else 8
+    plain = case.kernel == "forward" and case.dtype != torch.float32 and not case.rich
+    return 12 if asynchronous and plain else 8
 
 
 def _last_line(error: BaseException) -> str:

@@ -58,6 +58,7 @@ def test_wheel_with_kernels(project: Path, environment: dict[str, str], tmp_path
     assert platform != "any"
     inside = names(path)
     assert {"fastattn/_C.abi3.so", "fastattn/py.typed", "fastattn/csrc/library.cpp"} <= inside
+    assert "fastattn/ops/attention/triton/tuning.csv" in inside
     assert not [name for name in inside if "removed" in name or name.startswith(("tests", "bench", "csrc"))]
 
     site = tmp_path / "site"
