@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from fastattn.compiler.axes import Layout, NoMatch
 from fastattn.compiler.graph import Writer, same, shape_of, value_of
 from fastattn.compiler.masks import Masking
-from fastattn.compiler.patterns import Site, Term
+from fastattn.compiler.site import Site, Term
 
 Dim = tuple[int, ...]
 

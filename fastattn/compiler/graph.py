@@ -70,6 +70,7 @@ _IN_PLACE: Final = {
     "itruediv": "div",
     "iand": "and_",
 }
+_NOT_IN_PLACE: Final = ("and_", "or_", "not_", "is_", "__and__", "__or__", "__matmul__", "__getitem__")
 # Where the canonical arguments stand, by the name they may also be given by.
 _ARGUMENTS: Final[dict[str, tuple[str, ...]]] = {
     "softmax": ("input", "dim", "dtype"),
@@ -116,6 +117,9 @@ _ALIASES: Final = {
     "axis": "dim",
     "half_to_float": "dtype",
 }
+
+
+_WRITTEN: Final = "fastattn_written"
 
 
 class Call(NamedTuple):
@@ -205,7 +209,7 @@ def call_of(node: Any) -> Call | None:
     name, by_method = _name(node)
     if name is None:
         return None
-    in_place = name in _IN_PLACE or (name.endswith("_") and name not in ("and_", "or_", "__and__"))
+    in_place = name in _IN_PLACE or (name.endswith("_") and name not in _NOT_IN_PLACE)
     given = name
     if in_place:
         name = _IN_PLACE.get(name, name.rstrip("_"))
@@ -290,7 +294,10 @@ def location_of(node: fx.Node) -> str:
 
 
 def thread_writes(graph: fx.Graph) -> None:
-    """Let what reads a tensor after it was written in place read what that call returned: the same tensor."""
+    """Let what reads a tensor after it was written in place read what that call returned, and note writes.
+
+    The two are the same tensor.
+    """
     place = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         call = call_of(node)
@@ -300,6 +307,15 @@ def thread_writes(graph: fx.Graph) -> None:
         for user in list(written.users):
             if place[user] > place[node]:
                 user.replace_input_with(written, node)
+    memory = {storage_of(x) for node in graph.nodes for x in writes_of(node)}
+    for node in graph.nodes:
+        if storage_of(node) in memory:
+            node.meta[_WRITTEN] = True
+
+
+def is_written(node: fx.Node) -> bool:
+    """Whether the memory that a node's tensor lies in is written into, anywhere in the graph."""
+    return _WRITTEN in node.meta
 
 
 def erase_unused(nodes: list[fx.Node]) -> None:

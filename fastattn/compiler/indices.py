@@ -12,48 +12,15 @@ followed is None, and nothing is concluded from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from fastattn.compiler.graph import Call, Size, call_of, same, shape_of, storage_of, value_of, writes_of
-
-
-@dataclass(frozen=True)
-class Affine:
-    """``const + Σ coef[d] · index[d]``; const may be a float where all coef are 0, and symbolic."""
-
-    const: Any
-    coef: tuple[int, ...]
-
-    @property
-    def constant(self) -> bool:
-        return not any(self.coef)
-
-
-@dataclass(frozen=True)
-class Keep:
-    """True where all of ``affine >= 0`` are; with none, everywhere. `never`: nowhere."""
-
-    parts: tuple[Affine, ...]
-    rank: int
-    never: bool = False
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One number where the condition holds, the other elsewhere."""
-
-    when: Keep
-    yes: float
-    no: float
-
-
-Meaning = Affine | Keep | Choice | None
-
+from fastattn.compiler import meanings
+from fastattn.compiler.graph import Call, call_of, is_written, same, shape_of, value_of
+from fastattn.compiler.meanings import Affine, Choice, Keep, Meaning
 
 # Inputs of a region that a higher-order op holds: what they are in the graph around it.
 Outer = dict[fx.Node, "tuple[Indices, fx.Node]"]
@@ -68,7 +35,6 @@ class Indices:
         self.outer = outer or {}
         self._known: dict[fx.Node, Meaning] = {}
         self._place = {node: i for i, node in enumerate(graph.nodes)}
-        self.written = {storage_of(x) for node in graph.nodes for x in writes_of(node)}
 
     def of(self, node: Any) -> Meaning:
         """What the tensor of `node` is; None where that is not known."""
@@ -99,7 +65,7 @@ class Indices:
 
     def _work_out(self, node: fx.Node) -> Meaning:
         value = value_of(node)
-        if not isinstance(value, torch.Tensor) or storage_of(node) in self.written:
+        if not isinstance(value, torch.Tensor) or is_written(node):
             return None
         if node in self.outer:
             outside, source = self.outer[node]
@@ -113,7 +79,7 @@ class Indices:
             return None
         if isinstance(found, Affine) and not found.constant and value.dtype not in _EXACT:
             return None
-        return _normal(found, tuple(value.shape))
+        return meanings.normal(found, tuple(value.shape))
 
     # --- tensors made from nothing
 
@@ -170,27 +136,27 @@ class Indices:
 
     def _reshape(self, node: fx.Node, call: Call) -> Meaning:
         x = call.args[0]
-        moved = matching(shape_of(x), shape_of(node))
-        return None if moved is None else _moved(self.of(x), moved)
+        moved = meanings.matching(shape_of(x), shape_of(node))
+        return None if moved is None else meanings.moved(self.of(x), moved)
 
     def _transpose(self, node: fx.Node, call: Call) -> Meaning:
         rank = value_of(node).dim()
         order = list(range(rank))
         a, b = call.args[1] % rank, call.args[2] % rank
         order[a], order[b] = order[b], order[a]
-        return _moved(self.of(call.args[0]), order)
+        return meanings.moved(self.of(call.args[0]), order)
 
     def _t(self, node: fx.Node, call: Call) -> Meaning:
-        return _moved(self.of(call.args[0]), [1, 0])
+        return meanings.moved(self.of(call.args[0]), [1, 0])
 
     def _permute(self, node: fx.Node, call: Call) -> Meaning:
         dims = call.args[1] if isinstance(call.args[1], (list, tuple)) else call.args[1:]
-        return _moved(self.of(call.args[0]), [d % len(dims) for d in dims])
+        return meanings.moved(self.of(call.args[0]), [d % len(dims) for d in dims])
 
     def _expand(self, node: fx.Node, call: Call) -> Meaning:
         x = call.args[0]
         added = value_of(node).dim() - value_of(x).dim()
-        return _moved(self.of(x), [*[None] * added, *range(value_of(x).dim())])
+        return meanings.moved(self.of(x), [*[None] * added, *range(value_of(x).dim())])
 
     _expand_as = _expand
 
@@ -220,15 +186,15 @@ class Indices:
             elif isinstance(i, slice) and i.step in (None, 1):
                 if i.start is not None and (type(i.start) is not int or i.start < 0):
                     return None
-                meaning = _shifted(meaning, dim, i.start or 0)
+                meaning = meanings.shifted(meaning, dim, i.start or 0)
                 moved.append(dim)
                 dim += 1
             elif type(i) is int and i >= 0:
-                meaning = _shifted(meaning, dim, i)
+                meaning = meanings.shifted(meaning, dim, i)
                 dim += 1
             else:
                 return None
-        return _moved(meaning, [*moved, *range(dim, rank)])
+        return meanings.moved(meaning, [*moved, *range(dim, rank)])
 
     def _gathered(self, node: fx.Node, meaning: Meaning, rank: int, index: tuple[Any, ...]) -> Meaning:
         """``x[i, j]`` with tensors of indices."""
@@ -238,7 +204,7 @@ class Indices:
             return None
         out_rank = value_of(node).dim()
         # A negative index counts from the end; what is affine with these parts is never negative.
-        if any(not _not_negative(p) for p in places):
+        if any(not meanings.not_negative(p) for p in places):
             return None
 
         def at(x: Affine) -> Affine:
@@ -246,22 +212,26 @@ class Indices:
             for a, p in zip(x.coef, places, strict=True):
                 if a:
                     const = const + a * p.const
-                    padded = _padded(p, out_rank)
+                    padded = meanings.padded(p, out_rank)
                     coef = [c + a * b for c, b in zip(coef, padded.coef, strict=True)]
             return Affine(const, tuple(coef))
 
-        return _mapped(meaning, at, out_rank)
+        return meanings.mapped(meaning, at, out_rank)
 
     def _to(self, node: fx.Node, call: Call) -> Meaning:
         source, dtype = self.of(call.args[0]), value_of(node).dtype
         if isinstance(source, Affine) and dtype == torch.bool:
-            return _compared(source, "ne", 0) if source.constant and _plain(source.const) else None
+            return (
+                meanings.compared(source, "ne", 0)
+                if source.constant and meanings.plain_number(source.const)
+                else None
+            )
         if isinstance(source, Affine) and not dtype.is_floating_point and isinstance(source.const, float):
             return None
         if isinstance(source, Keep) and dtype != torch.bool:
             return Choice(source, 1, 0)
         if isinstance(source, Choice) and dtype == torch.bool:
-            return _chosen(source, lambda x: x != 0)
+            return meanings.chosen(source, lambda x: x != 0)
         if isinstance(source, Choice) and not dtype.is_floating_point:
             return source if source.yes == int(source.yes) and source.no == int(source.no) else None
         return source
@@ -277,7 +247,7 @@ class Indices:
                 meaning = self.of(x)
                 if meaning is None:
                     raise ValueError
-                pair.append(_mapped(meaning, lambda a: _padded(a, rank), rank))
+                pair.append(meanings.mapped(meaning, lambda a: meanings.padded(a, rank), rank))
             else:
                 pair.append(Affine(value, (0,) * rank))
         return pair[0], pair[1]
@@ -290,10 +260,10 @@ class Indices:
             return Affine(
                 a.const + sign * b.const, tuple(x + sign * y for x, y in zip(a.coef, b.coef, strict=True))
             )
-        if isinstance(a, Choice) and _is_number(b):
-            return _arithmetic(a, lambda x: x + sign * b.const)
-        if isinstance(b, Choice) and _is_number(a):
-            return _arithmetic(b, lambda x: a.const + sign * x)
+        if isinstance(a, Choice) and meanings.is_number(b):
+            return meanings.arithmetic(a, lambda x: x + sign * b.const)
+        if isinstance(b, Choice) and meanings.is_number(a):
+            return meanings.arithmetic(b, lambda x: a.const + sign * x)
         return None
 
     def _sub(self, node: fx.Node, call: Call) -> Meaning:
@@ -306,26 +276,30 @@ class Indices:
     def _mul(self, node: fx.Node, call: Call) -> Meaning:
         a, b = self._pair(node, call)
         if isinstance(a, Keep) and isinstance(b, Keep):
-            return _both(a, b)
-        if _is_number(a):
+            return meanings.both(a, b)
+        if meanings.is_number(a):
             a, b = b, a
-        if not _is_number(b):
+        if not meanings.is_number(b):
             return None
         if isinstance(a, Affine):
             if a.constant or type(b.const) is int:
                 return Affine(a.const * b.const, tuple(c * int(b.const) if c else 0 for c in a.coef))
             return None
-        return _arithmetic(_as_choice(a), lambda x: x * b.const)
+        return meanings.arithmetic(meanings.as_choice(a), lambda x: x * b.const)
 
     def _neg(self, node: fx.Node, call: Call) -> Meaning:
         x = self.of(call.args[0])
         if isinstance(x, Affine):
             return Affine(-x.const, tuple(-c for c in x.coef))
-        return _arithmetic(x, lambda n: -n) if isinstance(x, Choice) else None
+        return meanings.arithmetic(x, lambda n: -n) if isinstance(x, Choice) else None
 
     def _log(self, node: fx.Node, call: Call) -> Meaning:
         x = self.of(call.args[0])
-        return _arithmetic(x, lambda n: math.log(n) if n else -math.inf) if isinstance(x, Choice) else None
+        return (
+            meanings.arithmetic(x, lambda n: math.log(n) if n else -math.inf)
+            if isinstance(x, Choice)
+            else None
+        )
 
     def _diff(self, node: fx.Node, call: Call) -> Meaning:
         x, n, dim, prepend, append = call.args
@@ -364,12 +338,12 @@ class Indices:
             name = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}.get(name, name)
         if isinstance(a, Affine):
             difference = Affine(a.const - b.const, tuple(x - y for x, y in zip(a.coef, b.coef, strict=True)))
-            return _compared(difference, name, 0)
+            return meanings.compared(difference, name, 0)
         if isinstance(a, Keep) and isinstance(b, Keep):
             if not b.parts and name in ("eq", "ne"):
-                return a if (name == "eq") != b.never else negated(a)
+                return a if (name == "eq") != b.never else meanings.negated(a)
             return None
-        if _is_number(b):
+        if meanings.is_number(b):
             tests = {
                 "eq": lambda x: x == b.const,
                 "ne": lambda x: x != b.const,
@@ -378,18 +352,18 @@ class Indices:
                 "le": lambda x: x <= b.const,
                 "lt": lambda x: x < b.const,
             }
-            return _chosen(_as_choice(a), tests[name])
+            return meanings.chosen(meanings.as_choice(a), tests[name])
         return None
 
     _eq = _ne = _ge = _gt = _le = _lt = _compare
 
     def _and(self, node: fx.Node, call: Call) -> Meaning:
         a, b = self._pair(node, call)
-        return _both(a, b) if isinstance(a, Keep) and isinstance(b, Keep) else None
+        return meanings.both(a, b) if isinstance(a, Keep) and isinstance(b, Keep) else None
 
     def _invert(self, node: fx.Node, call: Call) -> Meaning:
         x = self.of(call.args[0])
-        return negated(x) if isinstance(x, Keep) else None
+        return meanings.negated(x) if isinstance(x, Keep) else None
 
     def _where(self, node: fx.Node, call: Call) -> Meaning:
         rank = value_of(node).dim()
@@ -397,9 +371,9 @@ class Indices:
         yes, no = (self._one_number(x) for x in call.args[1:])
         if not isinstance(when, Keep) or yes is None or no is None:
             return None
-        when = _kept(when, lambda a: _padded(a, rank), rank)
+        when = meanings.kept(when, lambda a: meanings.padded(a, rank), rank)
         if value_of(node).dtype == torch.bool:
-            return _chosen(Choice(when, yes, no), bool)
+            return meanings.chosen(Choice(when, yes, no), bool)
         return Choice(when, yes, no)
 
     def _masked_fill(self, node: fx.Node, call: Call) -> Meaning:
@@ -414,7 +388,7 @@ class Indices:
         found = self.of(x)
         if isinstance(found, Keep) and (found.never or not found.parts):
             return 0.0 if found.never else 1.0
-        if isinstance(found, Affine) and _is_number(found):
+        if isinstance(found, Affine) and meanings.is_number(found):
             return float(found.const)
         return None
 
@@ -425,7 +399,7 @@ class Indices:
         part = Affine(sign * diagonal, (*(0,) * (rank - 2), sign, -sign))
         if isinstance(x, Keep) and not x.never:
             return Keep((*x.parts, part), rank)
-        if isinstance(x, Affine) and _is_number(x):
+        if isinstance(x, Affine) and meanings.is_number(x):
             return Choice(Keep((part,), rank), x.const, 0)
         if isinstance(x, Choice) and x.no == 0:
             return Choice(Keep((*x.when.parts, part), rank, x.when.never), x.yes, 0)
@@ -433,141 +407,3 @@ class Indices:
 
     def _triu(self, node: fx.Node, call: Call) -> Meaning:
         return self._tril(node, call, sign=-1)
-
-
-def _plain(x: Any) -> bool:
-    return isinstance(x, (int, float))
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, Affine) and x.constant and _plain(x.const)
-
-
-def _as_choice(x: Any) -> Choice:
-    if isinstance(x, Keep):
-        return Choice(x, 1, 0)
-    if isinstance(x, Choice):
-        return x
-    raise ValueError
-
-
-def _mapped(x: Meaning, change: Callable[[Affine], Affine], rank: int) -> Meaning:
-    """The same with every affine form in it changed to another over `rank` indices."""
-    if isinstance(x, Affine):
-        return change(x)
-    if isinstance(x, Keep):
-        return _kept(x, change, rank)
-    if isinstance(x, Choice):
-        return replace(x, when=_kept(x.when, change, rank))
-    return None
-
-
-def _kept(x: Keep, change: Callable[[Affine], Affine], rank: int) -> Keep:
-    return Keep(tuple(change(p) for p in x.parts), rank, x.never)
-
-
-def _padded(x: Affine, rank: int) -> Affine:
-    return Affine(x.const, (*(0,) * (rank - len(x.coef)), *x.coef))
-
-
-def _moved(x: Meaning, sources: Sequence[int | None]) -> Meaning:
-    """With the index of dimension d taken from `sources[d]`; None for a new dimension."""
-    return _mapped(
-        x, lambda a: Affine(a.const, tuple(0 if s is None else a.coef[s] for s in sources)), len(sources)
-    )
-
-
-def _shifted(x: Meaning, dim: int, start: int) -> Meaning:
-    """With the index of one dimension counted from `start`."""
-    return _mapped(x, lambda a: Affine(a.const + a.coef[dim] * start, a.coef), _rank(x))
-
-
-def _rank(x: Meaning) -> int:
-    if isinstance(x, Choice):
-        x = x.when
-    return x.rank if isinstance(x, Keep) else len(x.coef)  # type: ignore[union-attr]
-
-
-def _normal(x: Meaning, shape: tuple[Size, ...]) -> Meaning:
-    """Without the indices that are always 0; None where the ranks do not fit."""
-    if x is None or _rank(x) != len(shape):
-        return None
-    single = [type(n) is int and n == 1 for n in shape]
-    return _mapped(
-        x,
-        lambda a: Affine(a.const, tuple(0 if one else c for c, one in zip(a.coef, single, strict=True))),
-        len(shape),
-    )
-
-
-def matching(old: tuple[Size, ...], new: tuple[Size, ...]) -> list[int | None] | None:
-    """Where each dimension of a view comes from, where it only adds or drops dimensions of size 1."""
-
-    def real(shape: tuple[Size, ...]) -> list[int]:
-        return [d for d, n in enumerate(shape) if not (type(n) is int and n == 1)]
-
-    a, b = real(old), real(new)
-    if len(a) != len(b) or not all(same(old[i], new[j]) for i, j in zip(a, b, strict=True)):
-        return None
-    sources: list[int | None] = [None] * len(new)
-    for i, j in zip(a, b, strict=True):
-        sources[j] = i
-    return sources
-
-
-def _not_negative(x: Any) -> bool:
-    const = x.const
-    return all(c >= 0 for c in x.coef) and (const >= 0 if type(const) is int else False)
-
-
-def _compared(x: Affine, name: str, zero: int) -> Meaning:
-    """``x <name> 0`` of an affine form."""
-    rank = len(x.coef)
-    if x.constant and _plain(x.const):
-        holds = {
-            "eq": x.const == zero,
-            "ne": x.const != zero,
-            "ge": x.const >= zero,
-            "gt": x.const > zero,
-            "le": x.const <= zero,
-            "lt": x.const < zero,
-        }[name]
-        return Keep((), rank, never=not holds)
-    if isinstance(x.const, float):
-        return None
-    negative = Affine(-x.const, tuple(-c for c in x.coef))
-    if name == "ge":
-        return Keep((x,), rank)
-    if name == "le":
-        return Keep((negative,), rank)
-    if name == "gt":
-        return Keep((Affine(x.const - 1, x.coef),), rank)
-    if name == "lt":
-        return Keep((Affine(negative.const - 1, negative.coef),), rank)
-    return None
-
-
-def _both(a: Keep, b: Keep) -> Keep:
-    return Keep((*a.parts, *b.parts), a.rank, a.never or b.never)
-
-
-def negated(x: Keep) -> Meaning:
-    if x.never or not x.parts:
-        return Keep((), x.rank, never=not x.never)
-    if len(x.parts) > 1:
-        return None
-    part = x.parts[0]
-    return Keep((Affine(-part.const - 1, tuple(-c for c in part.coef)),), x.rank)
-
-
-def _chosen(x: Choice, test: Any) -> Meaning:
-    """Where a test of its numbers holds."""
-    yes, no = test(x.yes), test(x.no)
-    if yes == no:
-        return Keep((), x.when.rank, never=not yes)
-    return x.when if yes else negated(x.when)
-
-
-def _arithmetic(x: Choice, change: Any) -> Meaning:
-    yes, no = change(x.yes), change(x.no)
-    return None if math.isnan(yes) or math.isnan(no) else Choice(x.when, yes, no)

@@ -6,15 +6,13 @@ import torch
 from torch import Tensor, fx
 
 from fastattn.compiler.axes import Layout
-from fastattn.compiler.graph import call_of, same, shape_of, storage_of, value_of
-from fastattn.compiler.patterns import Site
+from fastattn.compiler.graph import call_of, is_written, same, shape_of, value_of
+from fastattn.compiler.site import Site
 
 Placed = tuple[fx.Node, Layout]
-# Memory that is written into somewhere in the graph, where what is read later may be something else.
-Written = set[int | None]
 
 
-def before_widening(node: fx.Node, written: Written) -> fx.Node:
+def before_widening(node: fx.Node) -> fx.Node:
     """The node without casts of half precision to float32."""
     call = call_of(node)
     if call is None or call.name != "to" or call.in_place or not call.args:
@@ -22,20 +20,20 @@ def before_widening(node: fx.Node, written: Written) -> fx.Node:
     source = call.args[0]
     if not isinstance(source, fx.Node) or not isinstance(value_of(source), Tensor):
         return node
-    if storage_of(source) in written:
+    if is_written(source):
         return node
     narrow, wide = value_of(source).dtype, value_of(node).dtype
     if narrow in (torch.bfloat16, torch.float16) and wide == torch.float32:
-        return before_widening(source, written)
+        return before_widening(source)
     return node
 
 
-def before_repeat(site: Site, k: Placed, v: Placed, written: Written) -> tuple[Placed, Placed]:
+def before_repeat(site: Site, k: Placed, v: Placed) -> tuple[Placed, Placed]:
     """The keys and values before each head of theirs was repeated for a group of queries' heads."""
     found = [_unrepeated(site, *x) for x in (k, v)]
     if found[0] is None or found[1] is None or found[0][2] != found[1][2]:
         return k, v
-    if any(storage_of(x[0]) in written for x in found if x is not None):
+    if len(site.batch) < 2 or is_written(found[0][0]) or is_written(found[1][0]):
         return k, v
     return found[0][:2], found[1][:2]
 

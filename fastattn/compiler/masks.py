@@ -16,21 +16,22 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from fastattn.compiler import indices
+from fastattn.compiler import meanings
 from fastattn.compiler.axes import NoMatch
 from fastattn.compiler.graph import (
     Call,
     Size,
     call_of,
     is_tensor,
+    is_written,
     plain,
     same_shape,
     shape_of,
-    storage_of,
     value_of,
 )
-from fastattn.compiler.indices import Indices, Keep
-from fastattn.compiler.patterns import Site, Term, constant_of
+from fastattn.compiler.indices import Indices
+from fastattn.compiler.meanings import Keep
+from fastattn.compiler.site import Site, Term, constant_of
 
 # A score beside this one has no share in its row unless its row's largest is below -9,896.
 LOW: Final = -1e4
@@ -74,13 +75,13 @@ class Masking:
         return " & ".join(found) or "no mask"
 
 
-def masking_of(site: Site, meanings: Indices) -> Masking:
+def masking_of(site: Site, known: Indices) -> Masking:
     """What masks a site and is added to its scores.
 
     Raises:
         NoMatch: it can't be said exactly.
     """
-    found = _Finder(site, meanings)
+    found = _Finder(site, known)
     for term in site.fills:
         found.fill(term)
     for term in site.added:
@@ -89,12 +90,11 @@ def masking_of(site: Site, meanings: Indices) -> Masking:
 
 
 class _Finder:
-    def __init__(self, site: Site, meanings: Indices) -> None:
-        self.site, self.meanings = site, meanings
+    def __init__(self, site: Site, known: Indices) -> None:
+        self.site, self.meanings = site, known
         # How many keys before and behind a query's own are seen, by whether its own is counted from the last.
         self.bounds: dict[bool, tuple[list[int], list[int]]] = {False: ([], []), True: ([], [])}
         self.masking = Masking()
-        self._written = meanings.written - {None}
         # The finite numbers that mask: by filling, by being added; and those too weak for rows without keys.
         self.filled: set[float] = set()
         self.summed: list[float] = []
@@ -138,7 +138,7 @@ class _Finder:
             self.weak.append(term)
         if low > -math.inf:
             self.summed.append(low)
-        if shown is not None and self._band(shown if keeps else indices.negated(shown), term):
+        if shown is not None and self._band(shown if keeps else meanings.negated(shown), term):
             return
         if condition is not None:
             self.condition(condition, keeps, term)
@@ -148,7 +148,7 @@ class _Finder:
     def _call(self, node: fx.Node) -> Call | None:
         """What a node calls, where what it reads is not written into, and may be read again later."""
         call = call_of(node)
-        if call is None or call.in_place or any(storage_of(x) in self._written for x in node.all_input_nodes):
+        if call is None or call.in_place or any(is_written(x) for x in node.all_input_nodes):
             return None
         return call
 
@@ -167,7 +167,7 @@ class _Finder:
             x is None or x in (slice(None), Ellipsis) for x in _indices(call)
         ):
             return None
-        sources = indices.matching(shape_of(source), shape_of(term.node))
+        sources = meanings.matching(shape_of(source), shape_of(term.node))
         layout = self.site.axes.whole(term.layout)
         layout = layout[len(layout) - len(shape_of(term.node)) :]
         if sources is None or len(layout) != len(sources):
@@ -183,27 +183,24 @@ class _Finder:
     ) -> tuple[Keep | None, fx.Node | None, bool, float] | None:
         """The condition of an added tensor of two values, one 0: its meaning, its node, whether True gives
         the 0; and the other value."""
-        meanings, node = self.meanings, term.node
-        inside = node in meanings.outer
+        known, node = self.meanings, term.node
+        inside = node in known.outer
         if inside:
-            meanings, node = meanings.outer[node]
+            known, node = known.outer[node]
             call = call_of(node)
-        meaning = meanings.of(node)
+        meaning = known.of(node)
         shown, condition = None, None
         yes: float | None
         no: float | None
-        if isinstance(meaning, indices.Choice):
-            shown, yes, no = meaning.when, meaning.yes, meaning.no
-        elif call is None or call.in_place or call.name not in ("where", "masked_fill"):
+        by_condition = call is not None and not call.in_place and call.name in ("where", "masked_fill")
+        if by_condition and call is not None and call.name == "where":
+            condition, yes, no = call.args[0], *(_number(x, known) for x in call.args[1:])
+        elif by_condition and call is not None:
+            condition, yes, no = call.args[1], _number(call.args[2], known), _number(call.args[0], known)
+        elif not isinstance(meaning, meanings.Choice):
             return None
-        elif call.name == "where":
-            condition, yes, no = call.args[0], *(_number(x, meanings) for x in call.args[1:])
-        else:
-            condition, yes, no = (
-                call.args[1],
-                _number(call.args[2], meanings),
-                _number(call.args[0], meanings),
-            )
+        if isinstance(meaning, meanings.Choice):
+            shown, yes, no = meaning.when, meaning.yes, meaning.no
         if inside:
             condition = None  # a node of the graph around this one
         if yes == 0 and no is not None:
@@ -235,10 +232,10 @@ class _Finder:
             raise NoMatch(f"a mask of {value_of(node).dtype}")
         meaning = self.meanings.of(node)
         if isinstance(meaning, Keep) and not keeps:
-            meaning = indices.negated(meaning)
+            meaning = meanings.negated(meaning)
         if isinstance(meaning, Keep) and self._band(meaning, term):
             return
-        computed = evaluated(node, self.meanings.written)
+        computed = evaluated(node)
         if computed is not None and self._by_values(computed if keeps else ~computed, term):
             return
         self.masking.keep.append(Term(node, term.layout, keeps=keeps))
@@ -314,6 +311,10 @@ class _Finder:
 
     def close(self) -> Masking:
         site, masking = self.site, self.masking
+        masked = [(term.node, site.axes.whole(term.layout)) for term in site.fills if not term.keeps]
+        zeroed = [(term.node, site.axes.whole(term.layout)) for term in site.zeros]
+        if len(set(zeroed)) != len(zeroed) or not set(zeroed) <= set(masked):
+            raise NoMatch("probabilities set to 0 where the scores are not masked")
         q_length, k_length = site.axes.sizes[site.rows], site.axes.sizes[site.keys]
         # Of two ways to say it, the one that is causal.
         options = sorted(self.bounds, key=lambda x: (0 not in self.bounds[x][1], x))
@@ -332,13 +333,10 @@ class _Finder:
         full = _at_least(k_length, q_length) or (masking.left is None and masking.right is None)
         if full and not masking.keep:
             return  # each query sees its own key
-        zeroed = {term.node for term in self.site.zeros}
-        if zeroed and zeroed == {term.node for term in self.site.fills} and not self.summed:
-            return
-        if self.summed and self.site.softcap and value_of(self.site.q[0]).requires_grad:
-            raise NoMatch(
-                "a softcap, and rows that may have no keys, whose scores get a gradient all the same"
-            )
+        if self.site.zeros and not self.summed and len(self.site.zeros) == len(self.site.fills):
+            return  # set to 0 behind the softmax
+        if self.site.zeros:
+            raise NoMatch("probabilities of rows that may have no keys, in part set to 0")
         if self.weak or len(self.filled) + len(self.summed) > 1:
             raise NoMatch(
                 "masks by finite numbers of which a row may have nothing else: its softmax depends on them"
@@ -346,17 +344,17 @@ class _Finder:
         masking.empty = UNIFORM if self.filled else UNIFORM_WITH_GRADIENT
 
 
-def _constant(node: fx.Node, meanings: Indices) -> float | None:
+def _constant(node: fx.Node, known: Indices) -> float | None:
     """The number that all of a tensor's elements are."""
-    meaning = meanings.of(node)
-    if isinstance(meaning, indices.Affine) and meaning.constant and isinstance(meaning.const, (int, float)):
+    meaning = known.of(node)
+    if isinstance(meaning, meanings.Affine) and meaning.constant and isinstance(meaning.const, (int, float)):
         return float(meaning.const)
     return None
 
 
-def _number(x: Any, meanings: Indices) -> float | None:
+def _number(x: Any, known: Indices) -> float | None:
     number = constant_of(x)
-    return _constant(x, meanings) if number is None and isinstance(x, fx.Node) else number
+    return _constant(x, known) if number is None and isinstance(x, fx.Node) else number
 
 
 def _at_least(a: Any, b: Any) -> bool:
@@ -389,9 +387,8 @@ def _is_known(name: str) -> bool:
     return name not in _NOT_KNOWN and not name.startswith(("rand", "empty"))
 
 
-def evaluated(node: fx.Node, written: set[int | None]) -> Tensor | None:
-    """The bool tensor of a node that depends on nothing but numbers written in the graph, and lies in none of
-    the memory that is `written` into."""
+def evaluated(node: fx.Node) -> Tensor | None:
+    """The bool tensor of a node that depends on nothing but numbers written in the graph."""
     if any(type(n) is not int for n in shape_of(node)) or value_of(node).numel() > _LARGEST:
         return None
     order: list[fx.Node] = []
@@ -408,7 +405,7 @@ def evaluated(node: fx.Node, written: set[int | None]) -> Tensor | None:
         call = call_of(one)
         if call is None or call.in_place or not _is_known(call.name) or len(seen) > 300:
             return None
-        if is_tensor(one) and storage_of(one) in written:
+        if is_written(one):
             return None
         waiting.append((one, True))
         waiting += [(x, False) for x in one.all_input_nodes]

@@ -15,6 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from fastattn.compiler.empty_rows import EmptyRows
 from fastattn.ops.attention import attention, sliding_window
 from fastattn.ops.attention.masks import Mask, as_mask
 from fastattn.ops.attention.weights import no_autocast
@@ -67,7 +68,10 @@ def _rewritten_attention(
         if not empty:
             return out
         seen = _rows_with_keys(mask, keep, left, right, bottom_right, q, k)
-        return torch.where(seen, out, _uniform(q, k, v, scale, softcap, empty).to(out.dtype))
+        uniform = _uniform(q, k, v, scale, softcap, empty).to(out.dtype)
+        if empty == UNIFORM_WITH_GRADIENT and softcap and torch.is_grad_enabled():
+            uniform = uniform + EmptyRows.apply(q, k, v, torch.logical_not(seen), scale, softcap)
+        return torch.where(seen, out, uniform)
 
 
 def _uniform(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, empty: int) -> Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastattn.compiler.patterns import Site
+    from fastattn.compiler.site import Site
 
 
 @dataclass

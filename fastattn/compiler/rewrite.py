@@ -17,6 +17,7 @@ from fastattn.compiler import op
 from fastattn.compiler.axes import NoMatch
 from fastattn.compiler.emit import Emitter
 from fastattn.compiler.graph import (
+    call_of,
     erase_unused,
     location_of,
     result_of,
@@ -27,10 +28,11 @@ from fastattn.compiler.graph import (
     writes_of,
 )
 from fastattn.compiler.indices import Indices, Outer
-from fastattn.compiler.inputs import Written, before_repeat, before_widening
+from fastattn.compiler.inputs import before_repeat, before_widening
 from fastattn.compiler.masks import Masking, masking_of, plain_mode
-from fastattn.compiler.patterns import Site, find, is_candidate
+from fastattn.compiler.patterns import find, is_candidate
 from fastattn.compiler.report import Record
+from fastattn.compiler.site import Site
 from fastattn.compiler.torch_calls import MultiHead, is_torch_call, site_of
 from fastattn.ops.attention import explain
 
@@ -136,7 +138,7 @@ def _one(node: fx.Node, meanings: Indices, held_by: str | None) -> Record:
         record.mask = masking.words
         _check_kernel(site)
         _check_between(site)
-        new = _emit(site, masking, meanings.written, None if heads is None else value_of(site.q[0]).dtype)
+        new = _emit(site, masking, None if heads is None else value_of(site.q[0]).dtype)
     except NoMatch as error:
         if heads is not None:
             erase_unused(heads.write.nodes[::-1])
@@ -198,30 +200,44 @@ def _inputs(site: Site) -> Iterator[fx.Node]:
         )
 
 
-def _emit(site: Site, masking: Masking, written: Written, dtype: torch.dtype | None) -> fx.Node:
+def _emit(site: Site, masking: Masking, dtype: torch.dtype | None) -> fx.Node:
     """The nodes that stand for the site, before its last; the last of them. `dtype`: of those, if not its."""
     write = Emitter(site)
     try:
-        new = _attend(write, masking, written, dtype or value_of(site.out).dtype)
+        new = _attend(write, masking, dtype or value_of(site.out).dtype)
         found, wanted = value_of(new), value_of(site.out)
         if dtype is not None:
             return new
+        if not value_of(new).is_contiguous() and any(_reads_strides(user) for user in site.out.users):
+            new = write.call(Tensor.contiguous, new)
         if found.dtype != wanted.dtype or not same_shape(found.shape, wanted.shape):
             expected = f"{wanted.dtype} {list(wanted.shape)}"
             raise NoMatch(f"it would give {found.dtype} {list(found.shape)}, not {expected}")
-    except NoMatch:
+    except (NoMatch, ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        # What was not foreseen leaves the site as it was, too.
         erase_unused(write.nodes[::-1])
-        raise
+        raise NoMatch(str(error).split("\n")[0]) from None
     return new
 
 
-def _attend(write: Emitter, masking: Masking, written: Written, out_dtype: torch.dtype) -> fx.Node:
+def _reads_strides(user: fx.Node) -> bool:
+    """Whether a user of a result needs it to lie in memory as the product with the values did."""
+    if user.op == "output":
+        return True
+    call = call_of(user)
+    name = str(getattr(user.target, "__name__", user.target))
+    return (
+        call is None or call.in_place or name.startswith(("view", "as_strided", "unflatten", "_unsafe_view"))
+    )
+
+
+def _attend(write: Emitter, masking: Masking, out_dtype: torch.dtype) -> fx.Node:
     """The nodes that compute a site's attention, in the layout and dtype that its last node has."""
     site = write.site
     score_dtype = out_dtype if len(site.nodes) == 1 else value_of(site.nodes[0]).dtype
     # A cast to more digits before the product is what the kernels do inside.
-    q, k, v = ((before_widening(node, written), layout) for node, layout in (site.q, site.k, site.v))
-    k, v = before_repeat(site, k, v, written)
+    q, k, v = ((before_widening(node), layout) for node, layout in (site.q, site.k, site.v))
+    k, v = before_repeat(site, k, v)
     given = {value_of(x[0]).dtype for x in (q, k, v)}
     if given == {out_dtype} or score_dtype == out_dtype:
         dtype = out_dtype

@@ -13,7 +13,7 @@ from torch import fx
 
 from fastattn.compiler.axes import Axes, Layout, NoMatch
 from fastattn.compiler.graph import Writer, call_of, same, shape_of, value_of
-from fastattn.compiler.patterns import Site, Term, fixed_probability
+from fastattn.compiler.site import Site, Term, fixed_probability
 
 _MHA: Final = torch.nn.functional.multi_head_attention_forward
 _MHA_ARGUMENTS: Final = inspect.signature(_MHA)

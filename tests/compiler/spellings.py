@@ -167,6 +167,12 @@ def scaled_probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (probs * wave(1, q.shape[1], 1, 1, like=q)) @ v * 0.5
 
 
+@spelling()
+def viewed_result(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = ((q @ k.mT) * 0.25).softmax(-1) @ v
+    return out.view(-1, *out.shape[2:]).view(out.shape)
+
+
 # --- grouped heads
 
 
@@ -315,6 +321,16 @@ def causal_with_padding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT) * 0.25 + mask).softmax(-1) @ v
 
 
+@spelling("causal & bool mask")
+def softcapped_with_padding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Gemma 2, of which rows are empty too."""
+    there = torch.arange(k.shape[2]) >= torch.arange(q.shape[0])[:, None] * 3
+    keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()[None, None] & there[:, None, None]
+    mask = torch.where(keep, torch.zeros((), dtype=q.dtype), torch.finfo(q.dtype).min)
+    k, v = (_few(x).repeat_interleave(2, dim=1) for x in (k, v))
+    return (torch.tanh((q @ k.mT) * 0.5) * 2.0 + mask).softmax(-1) @ v
+
+
 @spelling("bool mask")
 def padding_filled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """All keys of the first sequence are padding."""
@@ -350,6 +366,14 @@ def relative_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def bias_then_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q @ k.mT - wave(q.shape[1], q.shape[2], k.shape[2], like=q)) * 0.25
     return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf).softmax(-1) @ v
+
+
+@spelling("bool mask")
+def mask_written_into(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Not causal any more, once the first rows see everything."""
+    keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    keep[:3] = True
+    return ((q @ k.mT) * 0.25).masked_fill(~keep, -math.inf).softmax(-1) @ v
 
 
 @spelling("bool mask & bias")
@@ -421,6 +445,20 @@ def gated_after_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def talking_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mix = wave(q.shape[1], q.shape[1], like=q)
     return torch.einsum("hg,bgij->bhij", mix, ((q @ k.mT) * 0.25).softmax(-1)) @ v
+
+
+@look_alike("probabilities set to 0 where the scores are not masked")
+def masked_behind_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+    return ((q @ k.mT) * 0.25).softmax(-1).masked_fill(hidden, 0.0) @ v
+
+
+@look_alike("a mask that puts in something other than one number")
+def filled_from_what_was_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    low = torch.full((q.shape[2], k.shape[2]), -1e9)
+    low[:, 0] = 0.0
+    keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    return torch.where(keep, (q @ k.mT) * 0.25, low).softmax(-1) @ v
 
 
 @look_alike("one of its inputs is written into before its end")
