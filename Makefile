@@ -36,9 +36,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 build: $(VENV)/.installed
 	$(BIN)/python fastattn/_build.py --if-possible
 
-# As many at a time as cores and memory allow (tests/conftest.py); ARGS='-n 0' for one, to debug.
+# As many at a time as cores and memory allow (tests/conftest.py), neighbours in one process, as they share fixtures;
+# ARGS='-n 0' for one at a time, to debug.
 test: build
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

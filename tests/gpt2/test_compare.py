@@ -175,7 +175,7 @@ def test_ctrl_c_ends_the_children_and_leaves_a_report(text: Path, tmp_path: Path
         children = _children(parent.pid)
         assert len(children) == 3
         parent.send_signal(signal.SIGINT)
-        parent.communicate(timeout=30)
+        parent.communicate(timeout=120)
     assert parent.returncode == 130
     assert all(resident_bytes(child) == 0 for child in children)
     result = json.loads((tmp_path / "out" / "result.json").read_text())

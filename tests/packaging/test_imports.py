@@ -90,6 +90,7 @@ MAY_IMPORT = {
     "ops.hopper": {"_backends", "ops.library", *MATHEMATICS},
     "ops.api": {"_backends", "ops.checks", "ops.varlen", "ops.library", "ops.reference", *MATHEMATICS},
     "ops.varlen": {"ops.api", *MATHEMATICS},
+    "ops.float8": {"_backends", "ops.api", "ops.checks", "ops.library", "ops.reference", *MATHEMATICS},
     "ops.kv_cache": {
         "_backends",
         "ops",
@@ -100,7 +101,7 @@ MAY_IMPORT = {
         "ops.reference",
         *MATHEMATICS,
     },
-    "ops": {"ops.api", "ops.varlen", "ops.kv_cache", *MATHEMATICS},
+    "ops": {"ops.api", "ops.float8", "ops.varlen", "ops.kv_cache", *MATHEMATICS},
     "nn": {"ops", "ops.api", *MATHEMATICS},
     "fastattn": {"ops", "nn", "integrations", "compiler", "distributed"},
     "integrations": {*SPEAKS_TO_PEOPLE},
