@@ -54,7 +54,7 @@ def test_every_site(name: str, train: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "padding"), [("gpt2", ""), ("gemma", "left"), ("t5", ""), ("nano", ""), ("encoder_layer", "")]
+    ("name", "padding"), [("gpt2", ""), ("gemma", "left"), ("nano", ""), ("encoder_layer", "")]
 )
 def test_dynamic_lengths_compile_once(name: str, padding: str) -> None:
     make, sites, _ = MODELS[name]
@@ -80,7 +80,7 @@ def squares(call: Any, given: Any) -> int:
     return sum(shape[-2:] == (LENGTH, LENGTH) for shape in kept if len(shape) > 1)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2", "bert", "x_transformer"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "x_transformer"])
 def test_no_square_is_kept_for_backward(name: str) -> None:
     model = MODELS[name][0]().train()
     given = arguments(name, LENGTH)
@@ -124,11 +124,10 @@ def test_bfloat16() -> None:
     assert (ours - exact).abs().max() <= 2 * (naive - exact).abs().max()
 
 
-@pytest.mark.parametrize("use_reentrant", [False])
-def test_activation_checkpointing(use_reentrant: bool) -> None:
+def test_activation_checkpointing() -> None:
     """The regions of a checkpoint are rewritten too; dropout drops the same when it is computed again."""
     model = gpt2(attn_pdrop=0.5, resid_pdrop=0.0, embd_pdrop=0.0).train()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     given = arguments("gpt2", LENGTH)
     compiled = torch.compile(model, backend=partial(backend, then="aot_eager"), fullgraph=True)
     weight = model.h[1].attn.c_attn.weight
