@@ -12,6 +12,7 @@ import fastattn
 from fastattn.ops.attention.api import attention_backward
 from fastattn.ops.attention.problem import resolve
 from fastattn.testing import present_isas
+from tests.attention.cases import device_of, here
 
 BACKENDS = ["reference", *(["cpu"] if present_isas() else [])]
 
@@ -153,3 +154,78 @@ def test_bounds_of_each_sample_under_vmap() -> None:
         found = torch.vmap(f)(q, bounds)
     for i in range(3):
         torch.testing.assert_close(found[i], f(q[i], bounds[i]))
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def each(request: pytest.FixtureRequest) -> str:
+    """Every backend that takes CPU tensors here."""
+    if request.param not in {name.partition("-")[0] for name in here()}:
+        pytest.skip(f"{request.param} is not here")
+    if device_of(request.param) != "cpu":
+        pytest.skip("the tensors of these tests are on the CPU")
+    return request.param
+
+
+def test_a_sink_of_minus_infinity_over_a_row_that_sees_nothing(each: str) -> None:
+    """-inf - -inf made it NaN, and its gradients."""
+    q, k, v = (torch.randn(1, 2, n, 8, requires_grad=True) for n in (4, 5, 5))
+    sinks = torch.tensor([float("-inf"), 0.5], requires_grad=True)
+    keep = torch.ones(4, 5, dtype=torch.bool)
+    keep[2] = False
+    out, lse = fastattn.attention(q, k, v, mask=keep, sinks=sinks, return_lse=True, backend=each)
+    assert (out[0, 0, 2] == 0).all() and lse[0, 0, 2] == float("-inf")
+    (out.sum() + lse[lse.isfinite()].sum()).backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v, sinks))
+
+
+def test_the_gradient_of_sinks_where_there_are_no_keys(each: str) -> None:
+    """It was 0, although lse is the sink."""
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 0, 8)
+    sinks = torch.randn(2, requires_grad=True)
+    _, lse = fastattn.attention(q, k, k, sinks=sinks, return_lse=True, backend=each)
+    lse.sum().backward()
+    torch.testing.assert_close(sinks.grad, torch.full((2,), 5.0))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("what", ["padding", "tail"])
+def test_nan_where_nobody_looks(backend: str, what: str) -> None:
+    """Probabilities of 0 times NaN reached every row of the tile, and the gradients."""
+    if backend not in {name.partition("-")[0] for name in here()}:
+        pytest.skip(f"{backend} is not here")
+    if device_of(backend) != "cpu":
+        pytest.skip("the tensors of this test are on the CPU")
+    q, k, v = (torch.randn(1, 2, 50, 8) for _ in range(3))
+    there = 37
+    mask = fastattn.key_padding(torch.tensor([there]))
+    if what == "tail":
+        mask = fastattn.documents(torch.tensor([0, 20, there])) & fastattn.causal()
+    clean = [x.clone().requires_grad_() for x in (q, k, v)]
+    dirty = [x.clone() for x in (q, k, v)]
+    for x in dirty[0 if what == "tail" else 1 :]:
+        x[:, :, there:] = float("nan")
+    dirty = [x.requires_grad_() for x in dirty]
+    found = fastattn.attention(*dirty, mask=mask, backend=backend)
+    want = fastattn.attention(*clean, mask=mask, backend=backend)
+    torch.testing.assert_close(found, want)
+    found.sum().backward()
+    want.sum().backward()
+    for a, b in zip(dirty, clean, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_float8_that_requires_a_gradient() -> None:
+    """Its gradient was silently dropped."""
+    x = torch.randn(1, 2, 5, 16).to(torch.float8_e4m3fn).requires_grad_()
+    with pytest.raises(NotImplementedError, match="attention_float8 has no gradient"):
+        fastattn.attention_float8(x, x, x)
+
+
+def test_rows_that_are_further_apart_than_32_bits_tell() -> None:
+    """Offsets within a tile are 32 bits: such tensors are copied."""
+    pytest.importorskip("triton")
+    from fastattn.ops.attention.triton.arguments import unit_last
+
+    far = torch.empty((), device="meta").as_strided((1, 1, 128, 8), (0, 0, 2**24, 1))
+    near = torch.empty((), device="meta").as_strided((1, 1, 128, 8), (0, 0, 2**22, 1))
+    assert unit_last(far).stride(2) == 8 and unit_last(near) is near

@@ -77,7 +77,7 @@ def attention_float8(
         for name, given, x in (("q_scale", q_scale, q), ("k_scale", k_scale, k), ("v_scale", v_scale, v))
     ]
     parameters = (part.parameter for part in bias_.compact)
-    sources = (q_scale, k_scale, v_scale, sinks, bias_.dense, *parameters)
+    sources = (q, k, v, q_scale, k_scale, v_scale, sinks, bias_.dense, *parameters)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in sources):
         raise NotImplementedError(
             "fastattn.attention_float8 has no gradient: expected a call under torch.no_grad(), or nothing "

@@ -1,7 +1,8 @@
 """What the kernels are given: pointers and strides by name. A field that is None is None at compile time.
 
 Sizes and bounds are arguments of their own, because Triton compiles anew for a tuple's integers that are 1 or
-multiples of 16, which for strides is meant and for lengths is not.
+multiples of 16, which for strides is meant and for lengths is not. A dense mask or bias has strides that are
+lengths: it is compiled for lengths that are multiples of 16, and for others.
 """
 
 from __future__ import annotations
@@ -174,8 +175,8 @@ def rows(x: Tensor) -> Rows:
 
 
 def unit_last(x: Tensor) -> Tensor:
-    """`x`, copied where its last stride is not 1."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """`x`, copied where its last stride is not 1, or a tile's rows are further apart than 32 bits tell."""
+    return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(2) < 2**23 else x.contiguous()
 
 
 def strides(x: Tensor) -> tuple[int, ...]:

@@ -25,15 +25,18 @@ from fastattn.ops.attention.triton.tile import (
     INF,
     LOG2E,
     PADDING,
+    cleared,
     fetch_rows,
+    fetch_values,
     gradient_of_scores,
     in_order,
     kept,
     load_rows,
     padded_row,
+    seen,
     store_rows,
 )
-from fastattn.ops.attention.triton.tiles import Tiles, list_tiles, need_tiles
+from fastattn.ops.attention.triton.tiles import Tiles, bound_tiles, list_tiles, need_list
 from fastattn.ops.attention.triton.walk import nth_part, nth_whole, through_keys, through_queries
 
 # Elements of out that a program of the first kernel reads.
@@ -54,7 +57,7 @@ def backward(
     *given, wanted = problem
     dq, dk, dv, dbias, drelative, dsinks = grads = new_gradients(q, k, v, lse, given, wanted)
     batch, heads, q_length, _ = q.shape
-    if lse.numel() == 0 or k.shape[2] == 0:
+    if lse.numel() == 0:
         return tuple(x.zero_() for x in grads)
     dout, q, k, v, out = (unit_last(x) for x in (dout, q, k, v, out))
     lse = lse.contiguous()
@@ -63,7 +66,7 @@ def backward(
     log2_sum, delta = lse.new_empty((2, batch, heads, padded)).unbind()
     saved = Saved(q, k, v, dout, log2_sum, delta)
     with launch.on(q.device):
-        _rows[(batch * heads, padded // some)](
+        _rows[(padded // some * batch * heads,)](
             rows(out),
             rows(dout),
             lse,
@@ -77,12 +80,15 @@ def backward(
             ROWS=some,
             num_warps=4,
         )
-        if wanted & WANTED_QKV:
+        if k.shape[2] == 0:
+            for x in (dq, dk, dv, dbias, drelative):
+                x.zero_()
+        if k.shape[2] > 0 and wanted & WANTED_QKV:
             _keys_and_values(saved, dk, dv, given)
             _queries(saved, dq, given)
-        if dbias.numel() > 0:
+        if k.shape[2] > 0 and dbias.numel() > 0:
             bias_gradient(saved, dbias, given)
-        if drelative.numel() > 0:
+        if k.shape[2] > 0 and drelative.numel() > 0:
             relative_gradient(saved, drelative, given)
     if dsinks.numel() > 0:
         # A sink's dP is 0.
@@ -98,9 +104,11 @@ def _keys_and_values(saved: Saved, dk: Tensor, dv: Tensor, problem: Sequence[Any
     config = launch.config("dkdv", q, v, options, bounds != (None, None))
     tma = launch.by_tma(q, dout)
     tiles = Tiles()
-    if need_tiles(options, of_keys=True):
-        sizes = (config.block_q, config.block_k)
-        tiles = list_tiles(options, bounds, batch, heads, (q_length, k_length), sizes, of_keys=True)
+    lengths, sizes = (q_length, k_length), (config.block_q, config.block_k)
+    if need_list(options):
+        tiles = list_tiles(options, bounds, batch, heads, lengths, sizes, of_keys=True)
+    elif options.ranges is not None:
+        tiles = bound_tiles(options, bounds, batch, lengths, sizes)
     _dk_dv[(launch.cdiv(k_length, config.block_k) * batch * kv_heads,)](
         launch.streamed(q, config.block_q, tma),
         rows(k),
@@ -133,7 +141,7 @@ def _queries(saved: Saved, dq: Tensor, problem: Sequence[Any]) -> None:
     config = launch.config("dq", q, v, options, bounds != (None, None))
     tma = launch.by_tma(k, v)
     tiles = Tiles()
-    if need_tiles(options):
+    if need_list(options):
         sizes = (config.block_q, config.block_k)
         tiles = list_tiles(options, bounds, batch, heads, (q_length, k_length), sizes)
     _dq[(launch.cdiv(q_length, config.block_q) * batch * heads,)](
@@ -174,12 +182,14 @@ def _rows(
     ROWS: tl.constexpr,
 ):
     """lse in base 2 and delta, padded; +inf and 0 for a row with nothing to attend to, and in the padding."""
-    at = tl.program_id(1) * ROWS
-    batch = tl.program_id(0) // heads
-    head = tl.program_id(0) % heads
+    tiles = tl.cdiv(q_length, PADDING) * (PADDING // ROWS)
+    batch_head = tl.program_id(0) // tiles
+    at = tl.program_id(0) % tiles * ROWS
+    batch = batch_head // heads
+    head = batch_head % heads
     i = at + tl.arange(0, ROWS)
     there = i < q_length
-    where = tl.program_id(0).to(tl.int64) * q_length + i
+    where = batch_head.to(tl.int64) * q_length + i
     padded = padded_row(heads, batch, head, q_length) + i
     out_ = load_rows(out, batch, head, at, q_length, ROWS, DIM, WIDTH).to(tl.float32)
     dout_ = load_rows(dout, batch, head, at, q_length, ROWS, DIM, WIDTH).to(tl.float32)
@@ -292,8 +302,13 @@ def _of_queries(
     i = m + tl.arange(0, shape.queries)
     j = at + tl.arange(0, shape.keys)
     batch, head, length = place.batch, place.head, place.q_length
-    q_ = fetch_rows(q, batch, head, m, length, shape.queries, shape.dim, shape.width, MASKED=True)
-    dout_ = fetch_rows(dout, batch, head, m, length, shape.queries, shape.v_dim, shape.v_width, MASKED=True)
+    q_ = fetch_rows(q, batch, head, m, length, shape.queries, shape)
+    dout_ = fetch_values(dout, batch, head, m, length, shape.queries, shape)
+    visible = None
+    if MASKED:
+        visible = seen(problem, place, i[None, :], j[:, None])
+        q_ = cleared(problem, q_, visible, 0)
+        dout_ = cleared(problem, dout_, visible, 0)
     row = padded_row(heads, batch, head, length)
     log2_sum_ = tl.load(log2_sum + row + i)[None, :]
     delta_ = tl.load(delta + row + i)[None, :]
@@ -303,7 +318,7 @@ def _of_queries(
     if problem.seed is not None:
         keep = tl.trans(kept(problem, place, i, at, shape.keys))
     p, _, dx = gradient_of_scores(
-        problem, place, qk, dp, log2_sum_, delta_, keep, i[None, :], j[:, None], shape.exact, MASKED
+        problem, place, qk, dp, log2_sum_, delta_, keep, visible, i[None, :], j[:, None], shape.exact, MASKED
     )
     dv = tl.dot(p.to(dout_.dtype), dout_, dv, input_precision=shape.precision)
     dk = tl.dot(dx.to(q_.dtype), q_, dk, input_precision=shape.precision)
@@ -368,14 +383,18 @@ def _of_keys(
     """dq / scale with the share of a tile of keys from n."""
     j = n + tl.arange(0, shape.keys)
     length = place.k_length
-    k_ = fetch_rows(k, place.batch, kv_head, n, length, shape.keys, shape.dim, shape.width, MASKED)
-    v_ = fetch_rows(v, place.batch, kv_head, n, length, shape.keys, shape.v_dim, shape.v_width, MASKED)
+    k_ = fetch_rows(k, place.batch, kv_head, n, length, shape.keys, shape, MASKED)
+    v_ = fetch_values(v, place.batch, kv_head, n, length, shape.keys, shape, MASKED)
+    visible = None
+    if MASKED:
+        visible = seen(problem, place, i[:, None], j[None, :])
+        k_ = cleared(problem, k_, visible, 0)
     qk = tl.dot(q_, tl.trans(k_), input_precision=shape.precision)
     dp = tl.dot(dout_, tl.trans(v_), input_precision=shape.precision)
     keep = None
     if problem.seed is not None:
         keep = kept(problem, place, i, n, shape.keys)
     _, _, dx = gradient_of_scores(
-        problem, place, qk, dp, log2_sum_, delta_, keep, i[:, None], j[None, :], shape.exact, MASKED
+        problem, place, qk, dp, log2_sum_, delta_, keep, visible, i[:, None], j[None, :], shape.exact, MASKED
     )
     return tl.dot(dx.to(k_.dtype), k_, dq, input_precision=shape.precision)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn.ops.attention.triton import launch
 from fastattn.ops.attention.triton.arguments import Place, Saved, as_arguments, band, rows
-from fastattn.ops.attention.triton.tile import gradient_of_scores, kept, load_rows, padded_row
+from fastattn.ops.attention.triton.tile import gradient_of_scores, kept, load_rows, padded_row, seen
 
 
 def bias_gradient(saved: Saved, dbias: Tensor, problem: Sequence[Any]) -> None:
@@ -128,7 +128,10 @@ def _dbias(
             end,
             scale,
         )
-        acc += _ds(q, k, v, dout, log2_sum, delta, problem, place, heads, group, m, n, shape, ALIGNED=True)
+        if _in_band(place, m, n, shape):
+            acc += _ds(
+                q, k, v, dout, log2_sum, delta, problem, place, heads, group, m, n, shape, ALIGNED=True
+            )
     row = own_m * shape.queries + tl.arange(0, shape.queries)
     column = own_n * shape.keys + tl.arange(0, shape.keys)
     here = split.to(tl.int64) * (tl.num_programs(0) // (own_queries * own_keys)) + row_of_own
@@ -142,6 +145,17 @@ def _dbias(
         there = (row < q_length)[:, None] & (column < k_length)[None, :]
         where = (here * q_length + row)[:, None] * k_length + column[None, :]
         tl.store(dbias + where, acc, mask=there)
+
+
+@triton.jit
+def _in_band(place, m, n, shape):
+    """Whether some query of the tile from m sees some key of the one from n, as far as the band goes."""
+    sees = n < place.k_length
+    if place.first is not None:
+        sees &= n + shape.keys > m + place.first
+    if place.end is not None:
+        sees &= n < m + shape.queries - 1 + place.end
+    return sees
 
 
 @triton.jit
@@ -162,8 +176,20 @@ def _ds(q, k, v, dout, log2_sum, delta, problem, place, heads, group, m, n, shap
     keep = None
     if problem.seed is not None:
         keep = kept(problem, place, i, n, shape.keys, ALIGNED)
+    visible = seen(problem, place, i[:, None], j[None, :])
     _, ds, _ = gradient_of_scores(
-        problem, place, qk, dp, log2_sum_, delta_, keep, i[:, None], j[None, :], shape.exact, MASKED=True
+        problem,
+        place,
+        qk,
+        dp,
+        log2_sum_,
+        delta_,
+        keep,
+        visible,
+        i[:, None],
+        j[None, :],
+        shape.exact,
+        MASKED=True,
     )
     return ds
 
@@ -259,7 +285,7 @@ def _drelative(
         )
         if problem.origin is None:
             n = m + at - q_length
-            if (n < k_length) & (n + shape.keys > 0):
+            if (n < k_length) & (n + shape.keys > 0) & _in_band(place, m, n, shape):
                 ds = _ds(
                     q, k, v, dout, log2_sum, delta, problem, place, heads, group, m, n, shape, ALIGNED=False
                 )

@@ -58,7 +58,8 @@ def decode(
     queries = max(16, launch.power_of_two(heads // kv_heads * q_length))
     config = config._replace(block_q=queries)
     most = min(_MOST_SPLITS, launch.cdiv(k_length, _LEAST))
-    splits = launch.parts(q.device, batch * kv_heads, max(most, 1))
+    # Not of the batch, so that a sequence's result does not depend on what else is in it.
+    splits = launch.parts(q.device, kv_heads, max(most, 1))
     partial = torch.empty((splits, batch, heads, q_length, v_dim), dtype=torch.float32, device=q.device)
     partial_lse = partial.new_empty((splits, batch, heads, q_length))
     with launch.on(q.device):

@@ -23,7 +23,9 @@ from fastattn.ops.attention.triton.tile import (
     LOG2E,
     biased,
     capped,
+    cleared,
     fetch_rows,
+    fetch_values,
     from_float8,
     in_order,
     kept,
@@ -31,7 +33,7 @@ from fastattn.ops.attention.triton.tile import (
     seen,
     store_rows,
 )
-from fastattn.ops.attention.triton.tiles import Tiles, list_tiles, need_tiles
+from fastattn.ops.attention.triton.tiles import Tiles, list_tiles, need_list
 from fastattn.ops.attention.triton.walk import nth_part, nth_whole, through_keys
 
 
@@ -51,7 +53,7 @@ def forward_float8(
 ) -> tuple[Tensor, Tensor]:
     """`fastattn::attention_float8` by Triton's kernels."""
     scales = Scales(q_scale, k_scale, v_scale)
-    if not launch.multiplies_float8(q.device):
+    if not launch.multiplies_float8(q.device, q.shape[3]):
         q, k, v = (x.view(torch.uint8) for x in (q, k, v))
     return _attention(q, k, v, torch.bfloat16, scales, problem)
 
@@ -72,7 +74,7 @@ def _attention(
     tma = launch.by_tma(k, v)
     with launch.on(q.device):
         tiles = Tiles()
-        if need_tiles(options):
+        if need_list(options):
             sizes = (config.block_q, config.block_k)
             tiles = list_tiles(options, bounds, batch, heads, (q_length, k_length), sizes)
         _forward[(launch.cdiv(q_length, config.block_q) * batch * heads,)](
@@ -159,8 +161,9 @@ def _forward(
     if sinks.data is not None:
         sink = tl.load(sinks.data + batch * sinks.batch + head * sinks.head) * LOG2E
         new = tl.maximum(peak, sink)
-        rescale = tl.exp2(peak - new)
-        total = total * rescale + tl.exp2(sink - new)
+        base = tl.where(new == -INF, 0.0, new)
+        rescale = tl.exp2(peak - base)
+        total = total * rescale + tl.exp2(sink - base)
         acc *= rescale[:, None]
         peak = new
     empty = total == 0.0
@@ -180,7 +183,7 @@ def _attend(acc, total, peak, q_, k, v, problem, place, kv_head, i, n, shape, MA
     """One tile of keys more: the sums of exp(S - peak) v and of exp(S - peak), and the peak of S so far."""
     rows_ = i[:, None]
     j = (n + tl.arange(0, shape.keys))[None, :]
-    k_ = fetch_rows(k, place.batch, kv_head, n, place.k_length, shape.keys, shape.dim, shape.width, MASKED)
+    k_ = fetch_rows(k, place.batch, kv_head, n, place.k_length, shape.keys, shape, MASKED)
     if shape.float8 == "bytes":
         k_ = from_float8(k_, tl.float16)
     s = tl.dot(q_, tl.trans(k_), input_precision=shape.precision)
@@ -190,7 +193,8 @@ def _attend(acc, total, peak, q_, k, v, problem, place, kv_head, i, n, shape, MA
         factor = 1.0
         s = biased(problem, place, capped(problem, place, s, shape.exact), rows_, j)
     if MASKED:
-        s = tl.where(seen(problem, place, rows_, j), s, -INF)
+        visible = seen(problem, place, rows_, j)
+        s = tl.where(visible, s, -INF)
     new = tl.maximum(peak, tl.max(s, 1) * factor)
     # A row that has seen nothing so far must not come to exp2(-inf + inf).
     base = tl.where(new == -INF, 0.0, new)
@@ -199,12 +203,12 @@ def _attend(acc, total, peak, q_, k, v, problem, place, kv_head, i, n, shape, MA
     total = total * rescale + tl.sum(p, 1)
     if problem.seed is not None:
         p = tl.where(kept(problem, place, i, n, shape.keys), p, 0.0)
-    v_ = fetch_rows(
-        v, place.batch, kv_head, n, place.k_length, shape.keys, shape.v_dim, shape.v_width, MASKED
-    )
+    v_ = fetch_values(v, place.batch, kv_head, n, place.k_length, shape.keys, shape, MASKED)
     if shape.float8 == "bytes":
         v_ = from_float8(v_, tl.float16)
     elif shape.float8 == "native":
         v_ = v_.to(tl.float16)  # weighed in float8, it would lose three digits of four
+    if MASKED:
+        v_ = cleared(problem, v_, visible, 0)
     acc = tl.dot(p.to(v_.dtype), v_, acc * rescale[:, None], input_precision=shape.precision)
     return acc, total, new

@@ -69,8 +69,8 @@ def _has_tma(arch: str) -> bool:
     return arch.startswith("sm_") and int(arch.removeprefix("sm_")) in (90, 100, 103)
 
 
-def streamed(x: Tensor, block: int, tma: bool) -> Rows:
-    """``[B, H, L, D]`` for `fetch_rows` in tiles of `block` rows; by a descriptor where `tma`."""
+def streamed(x: Tensor, block: int, tma: bool) -> Rows | TensorDescriptor:
+    """``[B, H, L, D]`` for `fetch_rows` in tiles of `block` rows; a descriptor where `tma`."""
     if not tma:
         return rows(x)
     # A stride that is never stepped may be anything, but not for the accelerator.
@@ -78,8 +78,8 @@ def streamed(x: Tensor, block: int, tma: bool) -> Rows:
         step if size > 1 else x.shape[3] * 16 // x.element_size()
         for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)
     ]
-    descriptor = TensorDescriptor(x, list(x.shape), [*steps, 1], [1, 1, block, width(x.shape[3])])
-    return Rows(descriptor, None, None, None)
+    # Triton 3.6 launches no tuple that holds one.
+    return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, 1, block, width(x.shape[3])])
 
 
 def together(x: Tensor, y: Tensor, heads: int) -> int:
@@ -135,9 +135,11 @@ def float8(x: Tensor) -> str:
     return "bytes" if x.dtype == torch.uint8 else "native"
 
 
-def multiplies_float8(device: torch.device) -> bool:
-    """Whether the device has products of float8_e4m3fn."""
+def multiplies_float8(device: torch.device, dim: int) -> bool:
+    """Whether the device has products of float8_e4m3fn over `dim` elements."""
     arch = tuning.architecture(device)
+    if dim <= 16:  # they are of 32
+        return False
     return arch == "gfx950" or (arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 89)
 
 

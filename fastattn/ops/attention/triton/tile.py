@@ -66,23 +66,34 @@ def load_rows(
 
 
 @triton.jit
-def fetch_rows(
-    x,
-    batch,
-    head,
-    at,
-    length,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """`load_rows`; where x has a descriptor by the tensor memory accelerator, which fills with 0 itself."""
-    if x.row is None:
-        x_ = x.data.load([batch, head, at, 0]).reshape(ROWS, WIDTH)
+def fetch_rows(x, batch, head, at, length, ROWS: tl.constexpr, shape, MASKED: tl.constexpr = True):
+    """`load_rows` of q or k; where `shape.tma` by the tensor memory accelerator, which fills with 0."""
+    if shape.tma:
+        x_ = x.load([batch, head, at, 0]).reshape(ROWS, shape.width)
     else:
-        x_ = load_rows(x, batch, head, at, length, ROWS, DIM, WIDTH, MASKED)
+        x_ = load_rows(x, batch, head, at, length, ROWS, shape.dim, shape.width, MASKED)
     return x_
+
+
+@triton.jit
+def fetch_values(x, batch, head, at, length, ROWS: tl.constexpr, shape, MASKED: tl.constexpr = True):
+    """The same of v or dout."""
+    if shape.tma:
+        x_ = x.load([batch, head, at, 0]).reshape(ROWS, shape.v_width)
+    else:
+        x_ = load_rows(x, batch, head, at, length, ROWS, shape.v_dim, shape.v_width, MASKED)
+    return x_
+
+
+@triton.jit
+def cleared(problem, x, visible, AXIS: tl.constexpr):
+    """Rows of x with 0 where nothing of the tile sees them: what lies there may be NaN, as in padding.
+
+    `visible` is the tile's mask; AXIS the one that is not x's rows.
+    """
+    if problem.ranges is not None or problem.blocks is not None or problem.mask is not None:
+        x = tl.where((tl.max(visible.to(tl.int32), AXIS) != 0)[:, None], x, 0.0).to(x.dtype)
+    return x
 
 
 @triton.jit
@@ -266,9 +277,11 @@ def kept(problem, place, i, at, KEYS: tl.constexpr, ALIGNED: tl.constexpr = True
 
 @triton.jit
 def gradient_of_scores(
-    problem, place, qk, dp, log2_sum, delta, keep, i, j, EXACT: tl.constexpr, MASKED: tl.constexpr
+    problem, place, qk, dp, log2_sum, delta, keep, visible, i, j, EXACT: tl.constexpr, MASKED: tl.constexpr
 ):
     """From q kᵀ and dout vᵀ of a tile, either way round, what the gradients are products of.
+
+    `keep` is what dropout leaves; `visible`, where MASKED, what the mask does.
 
     Returns:
         the probabilities P that weigh v, without dropout's factor; dS = P (dP - delta), of the scores with
@@ -277,11 +290,13 @@ def gradient_of_scores(
     x = capped(problem, place, qk, EXACT)
     s = biased(problem, place, x, i, j)
     if MASKED:
-        s = tl.where(seen(problem, place, i, j), s, -INF)
+        s = tl.where(visible, s, -INF)
     p = tl.exp2(s - log2_sum)
     if problem.seed is not None:
         dp = tl.where(keep, dp * problem.factor, 0.0)
     ds = p * (dp - delta)
+    if MASKED:
+        ds = tl.where(visible, ds, 0.0)
     dx = ds
     if problem.softcap is not None:
         share = x / (problem.softcap * LOG2E)

@@ -1,7 +1,11 @@
-"""Lists of the tiles that hold a score, for masks that leave no interval of keys: blocks, tensors, unions.
+"""Which tiles hold a score, where a kernel can't tell by itself: found out beforehand, by kernels too.
 
-For every tile of queries the tiles of keys that some of its queries see, in order: from the front those that
-all of them see whole, from the back those that need the mask. For dk and dv the other way round.
+Blocks, tensors and unions of masks leave no interval of keys: for every tile of queries there is a list of
+the tiles of keys that some of its queries see: from the front those that all of them see whole, from the back
+those that need the mask. For dk and dv it is the other way round.
+
+Where every query sees one interval of keys, as in documents, there are bounds of the queries that see a tile
+of keys.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import triton.language as tl
 from fastattn.ops.attention.triton import launch
 from fastattn.ops.attention.triton.arguments import Band, Place, Problem
 from fastattn.ops.attention.triton.tile import pair_of, seen
+from fastattn.ops.attention.triton.walk import through_keys
 
 
 class Tiles(NamedTuple):
@@ -24,19 +29,22 @@ class Tiles(NamedTuple):
         whole: how many tiles from the front are seen whole.
         part: how many from the back are seen in part.
         index: which they are.
+        bounds: instead of these int32 ``[B or 1, tiles, 4]``: first and end of the queries that see a tile of
+            keys, and of those between them that see it whole.
         by_batch, by_head: whether each has its own.
     """
 
     whole: Any = None
     part: Any = None
     index: Any = None
+    bounds: Any = None
     by_batch: Any = None
     by_head: Any = None
 
 
-def need_tiles(problem: Problem, of_keys: bool = False) -> bool:
-    """Whether what is seen is no interval that a kernel can tell by itself."""
-    several = problem.ranges is not None and (of_keys or problem.pairs.value > 1)
+def need_list(problem: Problem) -> bool:
+    """Whether what a query sees is no interval."""
+    several = problem.ranges is not None and problem.pairs.value > 1
     return several or problem.blocks is not None or problem.mask is not None
 
 
@@ -56,14 +64,16 @@ def list_tiles(
     of_queries, others = (launch.cdiv(length, size) for length, size in zip(lengths, sizes, strict=True))
     tiles, others = (others, of_queries) if of_keys else (of_queries, others)
     given = next(x for x in (problem.ranges, problem.blocks, problem.mask) if x is not None)
-    whole, part = given.new_empty((2, *lists, tiles), dtype=torch.int32).unbind()
+    # Each by itself, so that all are aligned.
+    whole, part = (given.new_empty((*lists, tiles), dtype=torch.int32) for _ in range(2))
     index = given.new_empty((*lists, tiles, others), dtype=torch.int32)
-    found = Tiles(whole, part, index, tl.constexpr(by_batch), tl.constexpr(by_head))
+    found = Tiles(whole, part, index, None, tl.constexpr(by_batch), tl.constexpr(by_head))
     if whole.numel() > 0:
-        _list_tiles[(lists[0] * lists[1], tiles)](
+        _list_tiles[(lists[0] * lists[1] * tiles,)](
             found,
             problem,
             lists[1],
+            tiles,
             others,
             *lengths,
             *band,
@@ -74,11 +84,12 @@ def list_tiles(
     return found
 
 
-@triton.jit(do_not_specialize=["heads", "others", "q_length", "k_length", "first", "end"])
+@triton.jit(do_not_specialize=["heads", "tiles", "others", "q_length", "k_length", "first", "end"])
 def _list_tiles(
     found,
     problem,
     heads,
+    tiles,
     others,
     q_length,
     k_length,
@@ -88,10 +99,10 @@ def _list_tiles(
     KEYS: tl.constexpr,
     OF_KEYS: tl.constexpr,
 ):
-    list_ = tl.program_id(0)
-    tile = tl.program_id(1)
+    list_ = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
     place = Place(list_ // heads, list_ % heads, q_length, k_length, first, end, None)
-    here = list_.to(tl.int64) * tl.num_programs(1) + tile
+    here = list_.to(tl.int64) * tiles + tile
     index = found.index + here * others
     whole = tile * 0
     part = tile * 0
@@ -142,3 +153,79 @@ def _seen_of_tile(problem, place, q_at, k_at, QUERIES: tl.constexpr, KEYS: tl.co
             some_ = tl.max(tl.max(keep.to(tl.int32), 1), 0)
             every_ = tl.min(tl.min((keep | ~there[:, None]).to(tl.int32), 1), 0)
     return some_ != 0, (every_ != 0) & (some_ != 0)
+
+
+# Tiles of queries that a program of `_bounds` looks at together.
+_TOGETHER = 256
+
+
+def bound_tiles(
+    problem: Problem, band: Band, batch: int, lengths: tuple[int, int], sizes: tuple[int, int]
+) -> Tiles:
+    """The bounds of each tile of keys, for `lengths` queries and keys in tiles of `sizes`; linear in them."""
+    batch = batch if problem.ranges_batch else 1
+    of_queries, of_keys = (launch.cdiv(length, size) for length, size in zip(lengths, sizes, strict=True))
+    spans = problem.ranges.new_empty((batch, of_queries, 4))
+    bounds = problem.ranges.new_empty((batch, of_keys, 4))
+    if spans.numel() > 0 and bounds.numel() > 0:
+        _spans[(batch * of_queries,)](
+            spans, problem, Tiles(), of_queries, *lengths, *band, QUERIES=sizes[0], KEYS=sizes[1]
+        )
+        _bounds[(batch * of_keys,)](
+            spans, bounds, of_queries, of_keys, QUERIES=sizes[0], KEYS=sizes[1], SOME=_TOGETHER
+        )
+    return Tiles(bounds=bounds, by_batch=tl.constexpr(batch > 1), by_head=tl.constexpr(False))
+
+
+@triton.jit(do_not_specialize=["of_queries", "q_length", "k_length", "first", "end"])
+def _spans(
+    spans,
+    problem,
+    no_list,
+    of_queries,
+    q_length,
+    k_length,
+    first,
+    end,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """First and end of the keys that a tile of queries sees, and of those all of it sees, in whole tiles."""
+    batch = tl.program_id(0) // of_queries
+    place = Place(batch, batch * 0, q_length, k_length, first, end, None)
+    walk = through_keys(problem, place, no_list, 1, tl.program_id(0) % of_queries * QUERIES, QUERIES, KEYS)
+    here = spans + tl.program_id(0).to(tl.int64) * 4
+    tl.store(here, walk.first)
+    tl.store(here + 1, walk.first + (walk.wholes + walk.parts) * KEYS)
+    tl.store(here + 2, walk.whole)
+    tl.store(here + 3, walk.behind)
+
+
+@triton.jit(do_not_specialize=["of_queries", "of_keys"])
+def _bounds(
+    spans, bounds, of_queries, of_keys, QUERIES: tl.constexpr, KEYS: tl.constexpr, SOME: tl.constexpr
+):
+    n = tl.program_id(0) % of_keys * KEYS
+    of_batch = spans + (tl.program_id(0) // of_keys).to(tl.int64) * of_queries * 4
+    first, stop = of_queries + n * 0, n * 0
+    whole, behind, wholes = of_queries + n * 0, n * 0, n * 0
+    for at in range(0, of_queries, SOME):
+        tile = at + tl.arange(0, SOME)
+        span, there = of_batch + tile * 4, tile < of_queries
+        sees = (tl.load(span, mask=there, other=n + 1) <= n) & (n < tl.load(span + 1, mask=there, other=0))
+        every = (tl.load(span + 2, mask=there, other=n + 1) <= n) & (
+            n < tl.load(span + 3, mask=there, other=0)
+        )
+        first = tl.minimum(first, tl.min(tl.where(sees, tile, of_queries), 0))
+        stop = tl.maximum(stop, tl.max(tl.where(sees, tile + 1, 0), 0))
+        whole = tl.minimum(whole, tl.min(tl.where(every, tile, of_queries), 0))
+        behind = tl.maximum(behind, tl.max(tl.where(every, tile + 1, 0), 0))
+        wholes += tl.sum(every.to(tl.int32), 0)
+    first = tl.minimum(first, stop)
+    # Those that see it whole count only where they follow one another.
+    in_a_row = (wholes > 0) & (behind - whole == wholes)
+    here = bounds + tl.program_id(0).to(tl.int64) * 4
+    tl.store(here, first * QUERIES)
+    tl.store(here + 1, stop * QUERIES)
+    tl.store(here + 2, tl.where(in_a_row, whole, first) * QUERIES)
+    tl.store(here + 3, tl.where(in_a_row, behind, first) * QUERIES)

@@ -248,6 +248,8 @@ def _row(fields: dict[str, str]) -> Row:
         number = getattr(numbers, name)
         if number < 1 or number & (number - 1):
             raise ValueError(f"{name}: expected a power of two, got {number}")
+    if numbers.block_q > 128:
+        raise ValueError(f"block_q: expected at most 128, to which lse is padded, got {numbers.block_q}")
     if numbers.stages < 1:
         raise ValueError(f"stages: expected 1 or more, got {numbers.stages}")
     case = (fields["dtype"], fields["causal"], fields["rich"])

@@ -88,7 +88,19 @@ def through_keys(problem, place, tiles, heads, at, QUERIES: tl.constexpr, KEYS: 
 @triton.jit
 def through_queries(place, tiles, heads, at, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """The tiles of queries that see KEYS keys from `at`. Queries behind the last count as seeing all."""
-    if tiles.index is None:
+    if tiles.bounds is not None:
+        row = at // KEYS
+        if tiles.by_batch:
+            row += place.batch * tl.cdiv(place.k_length, KEYS)
+        bounds = tiles.bounds + row.to(tl.int64) * 4
+        some, stop, all_, all_stop = (
+            tl.load(bounds),
+            tl.load(bounds + 1),
+            tl.load(bounds + 2),
+            tl.load(bounds + 3),
+        )
+        walk = _interval(some, stop, all_, all_stop, QUERIES)
+    elif tiles.index is None:
         some, stop = at * 0, at * 0 + place.q_length
         all_, all_stop = some, tl.cdiv(stop, QUERIES) * QUERIES
         last = tl.minimum(at + KEYS, place.k_length) - 1
