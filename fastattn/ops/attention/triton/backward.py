@@ -33,11 +33,10 @@ from fastattn.ops.attention.triton.tile import (
     kept,
     load_rows,
     padded_row,
-    seen,
     store_rows,
 )
 from fastattn.ops.attention.triton.tiles import Tiles, bound_tiles, list_tiles, need_list
-from fastattn.ops.attention.triton.walk import nth_part, nth_whole, through_keys, through_queries
+from fastattn.ops.attention.triton.walk import nth_part, nth_whole, of_interest, through_keys, through_queries
 
 # Elements of out that a program of the first kernel reads.
 _ELEMENTS: Final = 8192
@@ -304,21 +303,29 @@ def _of_queries(
     batch, head, length = place.batch, place.head, place.q_length
     q_ = fetch_rows(q, batch, head, m, length, shape.queries, shape)
     dout_ = fetch_values(dout, batch, head, m, length, shape.queries, shape)
-    visible = None
-    if MASKED:
-        visible = seen(problem, place, i[None, :], j[:, None])
-        q_ = cleared(problem, q_, visible, 0)
-        dout_ = cleared(problem, dout_, visible, 0)
     row = padded_row(heads, batch, head, length)
-    log2_sum_ = tl.load(log2_sum + row + i)[None, :]
-    delta_ = tl.load(delta + row + i)[None, :]
+    log2_sum_ = tl.load(log2_sum + row + i)
+    delta_ = tl.load(delta + row + i)
+    if MASKED:
+        q_ = cleared(problem, q_, log2_sum_ != INF)
+        dout_ = cleared(problem, dout_, log2_sum_ != INF)
     qk = tl.dot(k_, tl.trans(q_), input_precision=shape.precision)
     dp = tl.dot(v_, tl.trans(dout_), input_precision=shape.precision)
     keep = None
     if problem.seed is not None:
         keep = tl.trans(kept(problem, place, i, at, shape.keys))
     p, _, dx = gradient_of_scores(
-        problem, place, qk, dp, log2_sum_, delta_, keep, visible, i[None, :], j[:, None], shape.exact, MASKED
+        problem,
+        place,
+        qk,
+        dp,
+        log2_sum_[None, :],
+        delta_[None, :],
+        keep,
+        i[None, :],
+        j[:, None],
+        shape.exact,
+        MASKED,
     )
     dv = tl.dot(p.to(dout_.dtype), dout_, dv, input_precision=shape.precision)
     dk = tl.dot(dx.to(q_.dtype), q_, dk, input_precision=shape.precision)
@@ -366,35 +373,61 @@ def _dq(
     for t in range(walk.wholes):
         n = nth_whole(tiles, walk, t, shape.keys)
         dq_ = _of_keys(
-            dq_, q_, dout_, log2_sum_, delta_, k, v, problem, place, head // group, i, n, shape, MASKED=False
+            dq_,
+            q_,
+            dout_,
+            log2_sum_,
+            delta_,
+            k,
+            v,
+            problem,
+            place,
+            walk,
+            head // group,
+            i,
+            n,
+            shape,
+            MASKED=False,
         )
     for t in range(walk.parts):
         n = nth_part(tiles, walk, t, shape.keys)
         dq_ = _of_keys(
-            dq_, q_, dout_, log2_sum_, delta_, k, v, problem, place, head // group, i, n, shape, MASKED=True
+            dq_,
+            q_,
+            dout_,
+            log2_sum_,
+            delta_,
+            k,
+            v,
+            problem,
+            place,
+            walk,
+            head // group,
+            i,
+            n,
+            shape,
+            MASKED=True,
         )
     store_rows(dq, batch, head, at, q_length, dq_ * scale, QUERIES, shape.dim, shape.width)
 
 
 @triton.jit
 def _of_keys(
-    dq, q_, dout_, log2_sum_, delta_, k, v, problem, place, kv_head, i, n, shape, MASKED: tl.constexpr
+    dq, q_, dout_, log2_sum_, delta_, k, v, problem, place, walk, kv_head, i, n, shape, MASKED: tl.constexpr
 ):
     """dq / scale with the share of a tile of keys from n."""
     j = n + tl.arange(0, shape.keys)
     length = place.k_length
     k_ = fetch_rows(k, place.batch, kv_head, n, length, shape.keys, shape, MASKED)
     v_ = fetch_values(v, place.batch, kv_head, n, length, shape.keys, shape, MASKED)
-    visible = None
     if MASKED:
-        visible = seen(problem, place, i[:, None], j[None, :])
-        k_ = cleared(problem, k_, visible, 0)
+        k_ = cleared(problem, k_, of_interest(walk, n, shape.keys))
     qk = tl.dot(q_, tl.trans(k_), input_precision=shape.precision)
     dp = tl.dot(dout_, tl.trans(v_), input_precision=shape.precision)
     keep = None
     if problem.seed is not None:
         keep = kept(problem, place, i, n, shape.keys)
     _, _, dx = gradient_of_scores(
-        problem, place, qk, dp, log2_sum_, delta_, keep, visible, i[:, None], j[None, :], shape.exact, MASKED
+        problem, place, qk, dp, log2_sum_, delta_, keep, i[:, None], j[None, :], shape.exact, MASKED
     )
     return tl.dot(dx.to(k_.dtype), k_, dq, input_precision=shape.precision)

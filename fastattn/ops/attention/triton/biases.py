@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn.ops.attention.triton import launch
 from fastattn.ops.attention.triton.arguments import Place, Saved, as_arguments, band, rows
-from fastattn.ops.attention.triton.tile import gradient_of_scores, kept, load_rows, padded_row, seen
+from fastattn.ops.attention.triton.tile import gradient_of_scores, kept, load_rows, padded_row
 
 
 def bias_gradient(saved: Saved, dbias: Tensor, problem: Sequence[Any]) -> None:
@@ -176,7 +176,6 @@ def _ds(q, k, v, dout, log2_sum, delta, problem, place, heads, group, m, n, shap
     keep = None
     if problem.seed is not None:
         keep = kept(problem, place, i, n, shape.keys, ALIGNED)
-    visible = seen(problem, place, i[:, None], j[None, :])
     _, ds, _ = gradient_of_scores(
         problem,
         place,
@@ -185,7 +184,6 @@ def _ds(q, k, v, dout, log2_sum, delta, problem, place, heads, group, m, n, shap
         log2_sum_,
         delta_,
         keep,
-        visible,
         i[:, None],
         j[None, :],
         shape.exact,

@@ -34,7 +34,7 @@ from fastattn.ops.attention.triton.tile import (
     store_rows,
 )
 from fastattn.ops.attention.triton.tiles import Tiles, list_tiles, need_list
-from fastattn.ops.attention.triton.walk import nth_part, nth_whole, through_keys
+from fastattn.ops.attention.triton.walk import nth_part, nth_whole, of_interest, through_keys
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
@@ -150,12 +150,12 @@ def _forward(
     for t in range(walk.wholes):
         n = nth_whole(tiles, walk, t, shape.keys)
         acc, total, peak = _attend(
-            acc, total, peak, q_, k, v, problem, place, head // group, i, n, shape, MASKED=False
+            acc, total, peak, q_, k, v, problem, place, walk, head // group, i, n, shape, MASKED=False
         )
     for t in range(walk.parts):
         n = nth_part(tiles, walk, t, shape.keys)
         acc, total, peak = _attend(
-            acc, total, peak, q_, k, v, problem, place, head // group, i, n, shape, MASKED=True
+            acc, total, peak, q_, k, v, problem, place, walk, head // group, i, n, shape, MASKED=True
         )
 
     if sinks.data is not None:
@@ -179,7 +179,7 @@ def _forward(
 
 
 @triton.jit
-def _attend(acc, total, peak, q_, k, v, problem, place, kv_head, i, n, shape, MASKED: tl.constexpr):
+def _attend(acc, total, peak, q_, k, v, problem, place, walk, kv_head, i, n, shape, MASKED: tl.constexpr):
     """One tile of keys more: the sums of exp(S - peak) v and of exp(S - peak), and the peak of S so far."""
     rows_ = i[:, None]
     j = (n + tl.arange(0, shape.keys))[None, :]
@@ -193,8 +193,7 @@ def _attend(acc, total, peak, q_, k, v, problem, place, kv_head, i, n, shape, MA
         factor = 1.0
         s = biased(problem, place, capped(problem, place, s, shape.exact), rows_, j)
     if MASKED:
-        visible = seen(problem, place, rows_, j)
-        s = tl.where(visible, s, -INF)
+        s = tl.where(seen(problem, place, rows_, j), s, -INF)
     new = tl.maximum(peak, tl.max(s, 1) * factor)
     # A row that has seen nothing so far must not come to exp2(-inf + inf).
     base = tl.where(new == -INF, 0.0, new)
@@ -209,6 +208,6 @@ def _attend(acc, total, peak, q_, k, v, problem, place, kv_head, i, n, shape, MA
     elif shape.float8 == "native":
         v_ = v_.to(tl.float16)  # weighed in float8, it would lose three digits of four
     if MASKED:
-        v_ = cleared(problem, v_, visible, 0)
+        v_ = cleared(problem, v_, of_interest(walk, n, shape.keys))
     acc = tl.dot(p.to(v_.dtype), v_, acc * rescale[:, None], input_precision=shape.precision)
     return acc, total, new

@@ -86,13 +86,10 @@ def fetch_values(x, batch, head, at, length, ROWS: tl.constexpr, shape, MASKED: 
 
 
 @triton.jit
-def cleared(problem, x, visible, AXIS: tl.constexpr):
-    """Rows of x with 0 where nothing of the tile sees them: what lies there may be NaN, as in padding.
-
-    `visible` is the tile's mask; AXIS the one that is not x's rows.
-    """
-    if problem.ranges is not None or problem.blocks is not None or problem.mask is not None:
-        x = tl.where((tl.max(visible.to(tl.int32), AXIS) != 0)[:, None], x, 0.0).to(x.dtype)
+def cleared(problem, x, there):
+    """Rows of x with 0 where they are not `there` under ranges: what lies in padding may be NaN."""
+    if problem.ranges is not None:
+        x = tl.where(there[:, None], x, 0.0).to(x.dtype)
     return x
 
 
@@ -277,11 +274,9 @@ def kept(problem, place, i, at, KEYS: tl.constexpr, ALIGNED: tl.constexpr = True
 
 @triton.jit
 def gradient_of_scores(
-    problem, place, qk, dp, log2_sum, delta, keep, visible, i, j, EXACT: tl.constexpr, MASKED: tl.constexpr
+    problem, place, qk, dp, log2_sum, delta, keep, i, j, EXACT: tl.constexpr, MASKED: tl.constexpr
 ):
     """From q kᵀ and dout vᵀ of a tile, either way round, what the gradients are products of.
-
-    `keep` is what dropout leaves; `visible`, where MASKED, what the mask does.
 
     Returns:
         the probabilities P that weigh v, without dropout's factor; dS = P (dP - delta), of the scores with
@@ -290,13 +285,14 @@ def gradient_of_scores(
     x = capped(problem, place, qk, EXACT)
     s = biased(problem, place, x, i, j)
     if MASKED:
+        visible = seen(problem, place, i, j)
         s = tl.where(visible, s, -INF)
     p = tl.exp2(s - log2_sum)
     if problem.seed is not None:
         dp = tl.where(keep, dp * problem.factor, 0.0)
     ds = p * (dp - delta)
-    if MASKED:
-        ds = tl.where(visible, ds, 0.0)
+    if MASKED and problem.ranges is not None:
+        ds = tl.where(visible, ds, 0.0)  # dp may be NaN where nobody looks
     dx = ds
     if problem.softcap is not None:
         share = x / (problem.softcap * LOG2E)
