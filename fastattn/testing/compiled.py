@@ -101,6 +101,8 @@ def launches_compile(target: str) -> Iterator[list[Any]]:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if not target.startswith("gfx"):
+            _write_launcher(kernel)
         launched.append(kernel)
         return kernel
 
@@ -113,6 +115,19 @@ def launches_compile(target: str) -> Iterator[list[Any]]:
         JITFunction.run = run
         drivers._active = before
         tuning.forced_architecture = architecture
+
+
+def _write_launcher(kernel: Any) -> None:
+    """What Triton does first at a launch: arguments that a kernel is compiled for may still not launch."""
+    from triton.backends.nvidia import driver  # noqa: PLC0415
+
+    # Later versions write no C for each kernel.
+    make_launcher = getattr(driver, "make_launcher", None)
+    if make_launcher is not None:
+        src = kernel.src
+        place = lambda x: (src.fn.arg_names.index(x),) if isinstance(x, str) else x  # noqa: E731
+        constants = {place(key): value for key, value in src.constants.items()}
+        make_launcher(constants, dict(src.signature), getattr(kernel.metadata, "tensordesc_meta", None))
 
 
 class _Driver:
