@@ -334,6 +334,38 @@ def layouts(report: Report) -> None:
     report.check("expanded, of stride 0", expanded, dtype="bfloat16", passes="both")
 
 
+def float8(report: Report) -> None:
+    """Attention of float8 tensors with a scale of each head, against float64 on what they stand for."""
+    machine = report.machine
+    for dim in (16,) if machine.dry_run else (16, 64, 80, 128, 256):
+
+        def run(dim: int = dim) -> None:
+            found = medium(machine)._replace(dim=dim, v_dim=dim)
+            wide = found.tensors(torch.float32, 1, machine.device)
+            scales = [x.abs().amax((2, 3)) / 448 for x in wide]
+            stored = [
+                (x / by[..., None, None]).to(torch.float8_e4m3fn) for x, by in zip(wide, scales, strict=True)
+            ]
+            exact = [x.double() * by.double()[..., None, None] for x, by in zip(stored, scales, strict=True)]
+            mask = fastattn.causal()
+            ours = fastattn.attention_float8(
+                *stored,
+                q_scale=scales[0],
+                k_scale=scales[1],
+                v_scale=scales[2],
+                mask=mask,
+                backend=report.backend,
+            )
+            want = fastattn.attention(*exact, mask=mask, backend="reference")
+            plain = fastattn.attention(*(x.bfloat16() for x in exact), mask=mask, backend="reference")
+            assert isinstance(ours, Tensor) and isinstance(want, Tensor) and isinstance(plain, Tensor)
+            error, budget = (float((x.double() - want).abs().max()) for x in (ours, plain))
+            budget = 2 * budget + torch.finfo(torch.bfloat16).eps * float(want.abs().max())
+            assert error <= budget, f"error {error:.3e} over budget {budget:.3e}"
+
+        report.check(f"D {dim}", run, dtype="float8_e4m3fn", passes="forward")
+
+
 def compiled(report: Report) -> None:
     """Through torch.compile in one graph, for two lengths; under autocast."""
     machine = report.machine

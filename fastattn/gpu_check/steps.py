@@ -47,6 +47,7 @@ def steps(dry_run: bool) -> dict[str, Step]:
         "dropout": Step("correctness", checks.dropout),
         "determinism": Step("correctness", checks.determinism),
         "layouts": Step("correctness", checks.layouts),
+        "float8": Step("correctness", checks.float8),
         "compiled": Step("correctness", checks.compiled),
         "graphs": Step("correctness", device_checks.graphs),
         "waits": Step("correctness", device_checks.waits),
