@@ -7,6 +7,7 @@ of arguments.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,7 @@ _SAME: Final = {
     "_to_copy": "to",
     "clone": "contiguous",
     "__getitem__": "getitem",
+    "__setitem__": "setitem",
 }
 _IN_PLACE: Final = {
     "iadd": "add",
@@ -69,8 +71,16 @@ _IN_PLACE: Final = {
     "imul": "mul",
     "itruediv": "div",
     "iand": "and_",
+    "ior": "or_",
+    "ixor": "xor",
+    "ipow": "pow",
+    "ifloordiv": "floor_divide",
+    "imod": "remainder",
+    "ilshift": "lshift",
+    "irshift": "rshift",
+    "imatmul": "matmul",
 }
-_NOT_IN_PLACE: Final = ("and_", "or_", "not_", "is_", "__and__", "__or__", "__matmul__", "__getitem__")
+_NOT_IN_PLACE: Final = ("and_", "or_", "not_", "is_")
 # Where the canonical arguments stand, by the name they may also be given by.
 _ARGUMENTS: Final[dict[str, tuple[str, ...]]] = {
     "softmax": ("input", "dim", "dtype"),
@@ -180,6 +190,11 @@ def is_tensor(x: Any) -> bool:
     return isinstance(x, fx.Node) and isinstance(value_of(x), Tensor)
 
 
+def stops_gradient(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node was computed from another without a gradient, as ``torch.no_grad`` has it."""
+    return bool(value_of(source).requires_grad) and not value_of(node).requires_grad
+
+
 def number_of(x: Any) -> float | None:
     """A plain number that is written in the graph."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
@@ -209,10 +224,10 @@ def call_of(node: Any) -> Call | None:
     name, by_method = _name(node)
     if name is None:
         return None
-    in_place = name in _IN_PLACE or (name.endswith("_") and name not in _NOT_IN_PLACE)
+    in_place = _is_in_place(node, name)
     given = name
     if in_place:
-        name = _IN_PLACE.get(name, name.rstrip("_"))
+        name = _IN_PLACE.get(name.strip("_"), name.rstrip("_"))
     name = _SAME.get(name, name)
     args, kwargs = tuple(node.args), {_ALIASES.get(k, k): v for k, v in node.kwargs.items()}
     if kwargs.get("out") is not None:
@@ -226,6 +241,10 @@ def call_of(node: Any) -> Call | None:
     if name in ("ge", "gt", "le", "lt", "eq", "ne", "and_", "or_") and "other" in kwargs:
         args = (*args, kwargs.pop("other"))
     kwargs.pop("_stacklevel", None)
+    if not args and "input" in kwargs:
+        args = (kwargs.pop("input"),)
+    if name in ("permute", "expand") and len(args) == 1:
+        args = (*args, kwargs.pop("dims" if name == "permute" else "size", None))
     names = _ARGUMENTS.get(name)
     if names is None:
         return Call(name, args, kwargs, in_place)
@@ -239,6 +258,23 @@ def call_of(node: Any) -> Call | None:
         else:
             return None
     return Call(name, tuple(bound), {}, in_place)
+
+
+def _is_in_place(node: fx.Node, name: str) -> bool:
+    """Whether a call writes into its first argument: ``add_``, ``+=``, ``inplace=True``."""
+    if name.startswith("__") and name.endswith("__"):
+        return name[2:-2] in _IN_PLACE
+    if name in _IN_PLACE or (name.endswith("_") and name not in _NOT_IN_PLACE):
+        return True
+    if getattr(torch.nn.functional, name, None) is not node.target:
+        return False
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is not False
+    if not isinstance(node.target, types.FunctionType):
+        return False
+    names = tuple(inspect.signature(node.target).parameters)
+    at = names.index("inplace") if "inplace" in names else len(node.args)
+    return at < len(node.args) and node.args[at] is not False
 
 
 def _name(node: fx.Node) -> tuple[str | None, bool]:
@@ -304,6 +340,8 @@ def thread_writes(graph: fx.Graph) -> None:
         if call is None or not call.in_place or not isinstance(node.args[0], fx.Node):
             continue
         written = node.args[0]
+        if not _is_same_tensor(value_of(written), value_of(node)):
+            continue
         for user in list(written.users):
             if place[user] > place[node]:
                 user.replace_input_with(written, node)
@@ -311,6 +349,20 @@ def thread_writes(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if storage_of(node) in memory:
             node.meta[_WRITTEN] = True
+
+
+def _is_same_tensor(a: Any, b: Any) -> bool:
+    """Whether two noted values are of one tensor: the same elements of the same memory."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.dtype != b.dtype:
+        return False
+    memory = _memory_of(a)
+    return a is b or (
+        memory is not None
+        and memory == _memory_of(b)
+        and same_shape(a.shape, b.shape)
+        and same_shape(a.stride(), b.stride())
+        and same(a.storage_offset(), b.storage_offset())
+    )
 
 
 def is_written(node: fx.Node) -> bool:
@@ -344,21 +396,40 @@ def _is_pure(node: fx.Node) -> bool:
 
 def writes_of(node: fx.Node) -> Iterator[fx.Node]:
     """The nodes whose memory `node` writes into."""
-    call = call_of(node)
+    yield from (x for x in torch.utils._pytree.tree_leaves(list(_written(node))) if isinstance(x, fx.Node))
+
+
+def _written(node: fx.Node) -> Iterator[Any]:
+    """The arguments that `node` writes into; they may be lists of nodes."""
+    call, target = call_of(node), node.target
     if call is not None and (call.in_place or call.name == "setitem"):
-        yield from (x for x in node.args[:1] if isinstance(x, fx.Node))
-    out = node.kwargs.get("out")
-    if isinstance(out, fx.Node):
-        yield out
-    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-        for given, wanted in zip(node.args, node.target._schema.arguments, strict=False):
-            if isinstance(given, fx.Node) and wanted.alias_info is not None and wanted.alias_info.is_write:
-                yield given
+        yield call.args[0]
+    yield node.kwargs.get("out")
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        if owner is not None and getattr(owner.get_submodule(str(target)), "inplace", False):
+            yield [*node.args, *node.kwargs.values()]
+    if getattr(target, "__name__", None) == "triton_kernel_wrapper_mutation":
+        yield list(node.all_input_nodes)
+    overloads: list[torch._ops.OpOverload] = []
+    if isinstance(target, torch._ops.OpOverload):
+        overloads = [target]
+    elif isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(target, name) for name in target.overloads()]
+    for overload in overloads:
+        if not overload._schema.is_mutable:
+            continue
+        for at, wanted in enumerate(overload._schema.arguments):
+            if wanted.alias_info is not None and wanted.alias_info.is_write:
+                yield node.args[at] if at < len(node.args) else node.kwargs.get(wanted.name)
 
 
 def storage_of(node: fx.Node) -> int | None:
     """Which memory a node's tensor lies in."""
-    value = value_of(node)
+    return _memory_of(value_of(node))
+
+
+def _memory_of(value: Any) -> int | None:
     if not isinstance(value, Tensor):
         return None
     try:

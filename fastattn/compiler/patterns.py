@@ -141,6 +141,8 @@ def _back(node: Any, user: fx.Node, depth: int = 0) -> list[Step]:
         raise NoMatch("the scores are not a product of queries and keys")
     _used_once(node, user, "the scores")
     if call.name in PRODUCTS:
+        if call.in_place:
+            raise NoMatch("the scores are written into something else")
         return [(node, call, 0)]
     if call.name not in _BEFORE:
         raise NoMatch(f"the scores go through {call.name}")
@@ -157,6 +159,8 @@ def _back(node: Any, user: fx.Node, depth: int = 0) -> list[Step]:
         except NoMatch as error:
             failed = failed or error
             continue
+        if call.in_place and place == 1:
+            raise NoMatch("the scores are written into something else")
         return [*found, (node, call, place)]
     raise failed or NoMatch("the scores are not a product of queries and keys")
 
@@ -213,6 +217,8 @@ def _after(softmax: fx.Node) -> tuple[list[Step], fx.Node, Call]:
         place = 0 if call.args[0] is node else 1
         if call.args[place] is not node or (place == 1 and call.name != "mul"):
             raise NoMatch(f"the probabilities go through {call.name}")
+        if call.in_place and place == 1:
+            raise NoMatch("the probabilities are written into something else")
         steps.append((user, call, place))
         node = user
 

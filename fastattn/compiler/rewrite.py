@@ -60,7 +60,15 @@ def replace_attention(module: fx.GraphModule) -> list[Record]:
     Returns:
         A record for each site, whether replaced or left.
     """
+    graphs = [x.graph for x in module.modules() if isinstance(x, fx.GraphModule)]
+    if not any(_may_attend(node) for graph in graphs for node in graph.nodes):
+        return []
     return [record for region in _regions(module) for record in _in_region(region)]
+
+
+def _may_attend(node: fx.Node) -> bool:
+    call = call_of(node)
+    return (call is not None and call.name == "softmax") or is_torch_call(node)
 
 
 @dataclass

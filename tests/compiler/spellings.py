@@ -376,6 +376,25 @@ def mask_written_into(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT) * 0.25).masked_fill(~keep, -math.inf).softmax(-1) @ v
 
 
+@spelling("bool mask")
+def mask_joined_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    keep |= torch.ones_like(keep).triu(3)
+    return ((q @ k.mT) * 0.25).masked_fill(~keep, -torch.inf).softmax(-1) @ v
+
+
+@spelling()
+def multiplied_by_dunder(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    doubled = q.__mul__(2.0)
+    return ((q @ k.mT) * 0.25).softmax(-1) @ v + doubled.__rsub__(1.0) - q
+
+
+@spelling()
+def permuted_by_name(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ torch.permute(k, dims=(0, 1, 3, 2)) * 0.25
+    return torch.permute(torch.permute(scores, dims=(1, 0, 2, 3)).softmax(-1), dims=(1, 0, 2, 3)) @ v
+
+
 @spelling("bool mask & bias")
 def shifted_windows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Swin: a mask for each window, a bias for each head, the windows in the batch."""
@@ -474,3 +493,87 @@ def two_finite_masks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     hidden = wave(q.shape[0], k.shape[2], like=q) > 0
     scores = ((q @ k.mT) * 0.25).masked_fill(hidden[:, None, None], -1e5)
     return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -1e9).softmax(-1) @ v
+
+
+@look_alike("the scores are written into something else")
+def written_into_the_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = wave(q.shape[0], q.shape[1], q.shape[2], k.shape[2], like=q) * 1.5
+    bias += q @ k.mT
+    return bias.softmax(-1) @ v
+
+
+@look_alike("a mask that puts in something other than one number")
+def filled_from_what_relu_wrote(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    low = torch.full((q.shape[2], k.shape[2]), -1e9)
+    F.relu(low, inplace=True)
+    keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    return torch.where(keep, (q @ k.mT) * 0.25, low).softmax(-1) @ v
+
+
+@look_alike("a mask that puts in something other than one number")
+def filled_from_a_list_of_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    low = torch.full((q.shape[2], k.shape[2]), -1e9)
+    torch._foreach_mul_([low], 0.0)
+    keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    return torch.where(keep, (q @ k.mT) * 0.25, low).softmax(-1) @ v
+
+
+def _low(keep: Tensor, like: Tensor) -> Tensor:
+    return torch.where(keep, torch.zeros((), dtype=like.dtype), torch.finfo(like.dtype).min)
+
+
+@look_alike("a bias that may hide what it leaves of a row")
+def causal_fill_then_padding_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """GPT-2 of old: rows of left padding have nothing but the one number or the other."""
+    there = (torch.arange(k.shape[2]) >= torch.arange(q.shape[0])[:, None] * 3).to(q.dtype)
+    padding = (1.0 - there[:, None, None].sin().asin().round()) * torch.finfo(q.dtype).min
+    scores = torch.where(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(), q @ k.mT, -1e9)
+    return (scores + padding).softmax(-1) @ v
+
+
+@look_alike("a bias that is added behind a mask by a finite number")
+def bias_behind_a_finite_fill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    scores = (q @ k.mT).masked_fill(hidden, -1e4) + wave(q.shape[2], k.shape[2], like=q)
+    return scores.softmax(-1) @ v
+
+
+@look_alike("masks by finite numbers of which a row may have nothing else")
+def finite_mask_and_an_infinite_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    there = torch.arange(k.shape[2]) >= torch.arange(q.shape[0])[:, None] * 3
+    scores = q @ k.mT + _low(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(), q)
+    return scores.masked_fill(~there[:, None, None], -math.inf).softmax(-1) @ v
+
+
+@look_alike("masks by finite numbers of which a row may have nothing else")
+def added_number_that_keeps_digits(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    return (q @ k.mT * 40 + torch.where(hidden, -1e9, 0.0)).softmax(-1) @ v
+
+
+@spelling("bias")
+def permuted_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of the same shape as what it is taken from, and another."""
+    bias = wave(q.shape[0], 1, q.shape[2], k.shape[2], like=q)[[1, 0]]
+    return (q @ k.mT + bias).softmax(-1) @ v
+
+
+@spelling("bool mask")
+def permuted_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    mask = _low(keep, q)[torch.arange(q.shape[2]).flip(0)]
+    return (q @ k.mT + mask).softmax(-1) @ v
+
+
+@spelling("bias")
+def bias_without_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        bias = q.mean(-1, keepdim=True).mT.contiguous()
+    return (q @ k.mT + bias).softmax(-1) @ v
+
+
+@spelling()
+def keys_repeated_without_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        k = _few(k).repeat_interleave(2, dim=1)
+    return ((q @ k.mT) * 0.25).softmax(-1) @ v.repeat_interleave(1, dim=1)
