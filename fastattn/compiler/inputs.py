@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from fastattn.compiler.axes import Layout
-from fastattn.compiler.graph import call_of, is_written, same, shape_of, value_of
+from fastattn.compiler.graph import call_of, is_written, same, shape_of, stops_gradient, value_of
 from fastattn.compiler.site import Site
 
 Placed = tuple[fx.Node, Layout]
@@ -20,7 +20,7 @@ def before_widening(node: fx.Node) -> fx.Node:
     source = call.args[0]
     if not isinstance(source, fx.Node) or not isinstance(value_of(source), Tensor):
         return node
-    if is_written(source):
+    if is_written(source) or stops_gradient(node, source):
         return node
     narrow, wide = value_of(source).dtype, value_of(node).dtype
     if narrow in (torch.bfloat16, torch.float16) and wide == torch.float32:
@@ -44,6 +44,8 @@ def _unrepeated(site: Site, node: fx.Node, layout: Layout) -> tuple[fx.Node, Lay
     if call is None or call.in_place:
         return None
     source = call.args[0]
+    if stops_gradient(node, source):
+        return None
     axes = site.axes
     if call.name in ("transpose", "permute", "contiguous"):
         rank = len(layout)

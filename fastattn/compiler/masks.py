@@ -25,18 +25,19 @@ from fastattn.compiler.graph import (
     is_tensor,
     is_written,
     plain,
-    same_shape,
     shape_of,
+    stops_gradient,
     value_of,
 )
 from fastattn.compiler.indices import Indices
+from fastattn.compiler.magnitude import may_hide
 from fastattn.compiler.meanings import Keep
 from fastattn.compiler.site import Site, Term, constant_of
 
 # A score beside this one has no share in its row unless its row's largest is below -9,896.
 LOW: Final = -1e4
-# To this a float32 score of less than 32 adds nothing: the sum is this number.
-ABSORBS: Final = -5e8
+# To this a float32 score of less than 16,384 adds nothing: the sum is this number.
+ABSORBS: Final = -5e11
 # Largest mask that is computed to see what it is, in elements.
 _LARGEST: Final = 1 << 26
 
@@ -99,6 +100,7 @@ class _Finder:
         self.filled: set[float] = set()
         self.summed: list[float] = []
         self.weak: list[Term] = []
+        self.infinite = False  # whether -inf masks too
         if site.causal:
             self._bounded([], [0])
 
@@ -107,6 +109,8 @@ class _Finder:
             raise NoMatch(f"a mask that puts in {term.number:g}, which does not hide a key for certain")
         if term.number > -math.inf:
             self.filled.add(term.number)
+        else:
+            self.infinite = True
         self.condition(term.node, term.keeps, term)
 
     def add(self, term: Term) -> None:
@@ -114,7 +118,10 @@ class _Finder:
         node, call = term.node, self._call(term.node)
         if call is not None and call.name == "add" and not call.in_place and call.args[2] == 1:
             parts = call.args[:2]
-            if all(is_tensor(x) and value_of(x).is_floating_point() for x in parts):
+            if all(
+                is_tensor(x) and value_of(x).is_floating_point() and not stops_gradient(node, x)
+                for x in parts
+            ):
                 for part in parts:
                     self.add(term._replace(node=part))
                 return
@@ -138,6 +145,8 @@ class _Finder:
             self.weak.append(term)
         if low > -math.inf:
             self.summed.append(low)
+        else:
+            self.infinite = True
         if shown is not None and self._band(shown if keeps else meanings.negated(shown), term):
             return
         if condition is not None:
@@ -157,15 +166,13 @@ class _Finder:
         if call is None or call.in_place or not call.args or not is_tensor(call.args[0]):
             return None
         source = call.args[0]
+        if stops_gradient(term.node, source):
+            return None
         if call.name in ("to", "expand", "expand_as", "contiguous"):
-            return term._replace(node=source)
-        if call.name == "getitem" and _same_shape(source, term.node):
             return term._replace(node=source)
         if call.name not in ("reshape", "getitem"):
             return None
-        if call.name == "getitem" and not all(
-            x is None or x in (slice(None), Ellipsis) for x in _indices(call)
-        ):
+        if call.name == "getitem" and not all(_from_first(x) for x in _indices(call)):
             return None
         sources = meanings.matching(shape_of(source), shape_of(term.node))
         layout = self.site.axes.whole(term.layout)
@@ -330,6 +337,8 @@ class _Finder:
         masking = self.masking
         if not self.filled and not self.summed:
             return
+        if any(may_hide(term.node) for term in masking.bias):
+            raise NoMatch("a mask by a finite number, and a bias that may hide what it leaves of a row")
         full = _at_least(k_length, q_length) or (masking.left is None and masking.right is None)
         if full and not masking.keep:
             return  # each query sees its own key
@@ -337,11 +346,26 @@ class _Finder:
             return  # set to 0 behind the softmax
         if self.site.zeros:
             raise NoMatch("probabilities of rows that may have no keys, in part set to 0")
-        if self.weak or len(self.filled) + len(self.summed) > 1:
+        if self.infinite or self.weak or len(self.filled) + len(self.summed) > 1:
             raise NoMatch(
                 "masks by finite numbers of which a row may have nothing else: its softmax depends on them"
             )
+        if self.filled and self._added_behind():
+            raise NoMatch("a row may have nothing but a bias that is added behind a mask by a finite number")
         masking.empty = UNIFORM if self.filled else UNIFORM_WITH_GRADIENT
+
+    def _added_behind(self) -> bool:
+        """Whether a tensor is added to scores that are masked already."""
+        filled = False
+        for node in self.site.nodes:
+            if node is self.site.softmax:
+                break
+            call = call_of(node)
+            name = None if call is None else call.name
+            filled = filled or name in ("masked_fill", "where")
+            if filled and name in ("add", "sub") and call is not None and all(map(is_tensor, call.args[:2])):
+                return True
+        return False
 
 
 def _constant(node: fx.Node, known: Indices) -> float | None:
@@ -370,14 +394,15 @@ def _indices(call: Call) -> tuple[Any, ...]:
     return index if isinstance(index, tuple) else (index,)
 
 
+def _from_first(index: Any) -> bool:
+    """Whether an index leaves elements where they are, if it leaves all of them."""
+    if isinstance(index, slice):
+        return index.start in (None, 0) and index.step in (None, 1)
+    return index is None or index is Ellipsis
+
+
 def _is_bool(x: Any) -> bool:
     return is_tensor(x) and value_of(x).dtype == torch.bool
-
-
-def _same_shape(a: Any, b: fx.Node) -> bool:
-    if not is_tensor(a):
-        return False
-    return same_shape(shape_of(a), shape_of(b))
 
 
 _NOT_KNOWN: Final = {"dropout", "bernoulli", "multinomial", "normal", "new_empty", "item"}

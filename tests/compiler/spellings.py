@@ -558,7 +558,7 @@ def permuted_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT + bias).softmax(-1) @ v
 
 
-@spelling("bool mask")
+@spelling("bias")
 def permuted_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
     mask = _low(keep, q)[torch.arange(q.shape[2]).flip(0)]
@@ -577,3 +577,13 @@ def keys_repeated_without_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with torch.no_grad():
         k = _few(k).repeat_interleave(2, dim=1)
     return ((q @ k.mT) * 0.25).softmax(-1) @ v.repeat_interleave(1, dim=1)
+
+
+@look_alike("a division by 0")
+def divided_by_nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT) / 0).softmax(-1) @ v
+
+
+@look_alike("keys of 2 heads and values of 4")
+def fewer_heads_of_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k[:, :2], v, enable_gqa=True)
