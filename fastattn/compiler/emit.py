@@ -167,6 +167,9 @@ class Emitter(Writer):
         k, v = (self.expanded(x, 0, self.batch) for x in tensors)
         if not same(shape_of(k)[1], shape_of(v)[1]):
             k, v = (self.expanded(x, 1, self.heads) for x in (k, v))
+        heads = [shape_of(x)[1] for x in (k, v)]
+        if not same(*heads):
+            raise NoMatch(f"keys of {heads[0]} heads and values of {heads[1]}")
         return [k, v]
 
     def term(self, term: Term) -> fx.Node:

@@ -207,9 +207,13 @@ def is_symbolic_number(x: Any) -> bool:
 
 
 def fixed_number(x: Any) -> float | None:
-    """A number written in the graph, or a symbolic one pinned to its value by a guard."""
+    """A number written in the graph, or a symbolic one pinned to its value by a guard; None where the values
+    of tensors decide it."""
     if is_symbolic_number(x):
-        return float(value_of(x))
+        from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # noqa: PLC0415 - brings sympy
+
+        number = value_of(x)
+        return None if free_unbacked_symbols(number) else float(number)
     return number_of(x)
 
 

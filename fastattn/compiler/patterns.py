@@ -259,6 +259,16 @@ class _Moves:
             raise NoMatch("the scores are broadcast against something larger")
 
 
+def _factor(x: Any, divided: bool) -> float:
+    """A number, or one over it."""
+    number = fixed_number(x)
+    if number is None:
+        raise NoMatch("a number that the values of tensors decide")
+    if divided and number == 0:
+        raise NoMatch("a division by 0")
+    return 1 / number if divided else number
+
+
 class _Scores(_Moves):
     """The algebra from the product of queries and keys to the softmax."""
 
@@ -303,14 +313,12 @@ class _Scores(_Moves):
     def _by(self, other: Any, layout: Layout, *, divided: bool) -> None:
         site = self.site
         if isinstance(other, (int, float)):
-            self._scaled(1 / other if divided else float(other))
+            self._scaled(_factor(other, divided))
             return
         plain = not (self.after_tanh or self.shifted or site.added or site.fills)
         if is_symbolic_number(other):
             if not plain:
-                number = fixed_number(other)
-                assert number is not None
-                self._scaled(1 / number if divided else number)
+                self._scaled(_factor(other, divided))
                 return
             site.symbols.append((other, divided))
             return
@@ -323,9 +331,7 @@ class _Scores(_Moves):
         if self.after_tanh or self.shifted or site.added or site.fills:
             raise NoMatch("tanh of scores that are masked or have a bias")
         for symbol, divided in site.symbols:
-            number = fixed_number(symbol)
-            assert number is not None
-            site.scale *= 1 / number if divided else number
+            site.scale *= _factor(symbol, divided)
         site.symbols = []
         self.after_tanh, self.inside, site.scale = True, site.scale, 1.0
 
@@ -397,7 +403,7 @@ class _Weights(_Moves):
     def _div(self, node: fx.Node, call: Call, place: int, layout: Layout) -> None:
         if not isinstance(call.args[1], (int, float)) or call.args[2] is not None:
             raise NoMatch("the probabilities are divided")
-        self.site.weight /= float(call.args[1])
+        self.site.weight *= _factor(call.args[1], divided=True)
 
     def _masked_fill(self, node: fx.Node, call: Call, place: int, layout: Layout) -> None:
         if constant_of(call.args[2]) != 0:

@@ -147,10 +147,11 @@ def _one(node: fx.Node, meanings: Indices, held_by: str | None) -> Record:
         _check_kernel(site)
         _check_between(site)
         new = _emit(site, masking, None if heads is None else value_of(site.q[0]).dtype)
-    except NoMatch as error:
+    except Exception as error:  # the model runs as it was, whatever it holds that this does not foresee
         if heads is not None:
             erase_unused(heads.write.nodes[::-1])
-        record.reason = str(error)
+        foreseen = isinstance(error, NoMatch)
+        record.reason = str(error) if foreseen else f"unexpected {type(error).__name__}: {_first_line(error)}"
         return record
     if heads is not None:
         heads.close(new)
@@ -221,11 +222,15 @@ def _emit(site: Site, masking: Masking, dtype: torch.dtype | None) -> fx.Node:
         if found.dtype != wanted.dtype or not same_shape(found.shape, wanted.shape):
             expected = f"{wanted.dtype} {list(wanted.shape)}"
             raise NoMatch(f"it would give {found.dtype} {list(found.shape)}, not {expected}")
-    except (NoMatch, ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:
         # What was not foreseen leaves the site as it was, too.
         erase_unused(write.nodes[::-1])
-        raise NoMatch(str(error).split("\n")[0]) from None
+        raise NoMatch(_first_line(error)) from None
     return new
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _reads_strides(user: fx.Node) -> bool:

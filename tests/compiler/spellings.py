@@ -579,11 +579,14 @@ def keys_repeated_without_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT) * 0.25).softmax(-1) @ v.repeat_interleave(1, dim=1)
 
 
-@look_alike("a division by 0")
-def divided_by_nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ((q @ k.mT) / 0).softmax(-1) @ v
-
-
 @look_alike("keys of 2 heads and values of 4")
 def fewer_heads_of_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k[:, :2], v, enable_gqa=True)
+
+
+@spelling("bool mask & bias")
+def bias_of_empty_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """T5 whose first sequence is padding: its bias has a gradient there too."""
+    there = torch.arange(k.shape[2]) >= torch.arange(q.shape[0]).flip(0)[:, None] * k.shape[2]
+    bias = torch.einsum("bhqd,bhkd->hqk", q, q.flip(2)) / 64
+    return ((q @ k.mT) * 0.25 + (bias + _low(there[:, None, None], q))).softmax(-1) @ v

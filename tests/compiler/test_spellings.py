@@ -100,3 +100,35 @@ def test_float64_is_left() -> None:
     compiled = torch.compile(function, backend=partial(backend, then="eager"), fullgraph=True)
     compiled(*inputs(5, dtype=torch.float64))
     assert "expected float32, bfloat16 or float16, got torch.float64" in str(fastattn.compiler.report())
+
+
+@pytest.mark.parametrize(
+    ("by", "reason"),
+    [
+        (lambda scores, t: scores / 0, "a division by 0"),
+        (lambda scores, t: torch.tanh(scores / t.item()), "a number that the values of tensors decide"),
+    ],
+    ids=["zero", "item"],
+)
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_numbers_that_are_left(by: Any, reason: str) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = by(q @ k.mT, t).softmax(-1) @ v
+        return out
+
+    given = [*inputs(5, grad=False), torch.tensor(0.5)]
+    compiled = torch.compile(function, backend=partial(backend, then="eager"), fullgraph=True)
+    torch.testing.assert_close(compiled(*given), function(*given), equal_nan=True)
+    assert reason in str(fastattn.compiler.report())
+
+
+def test_what_is_not_foreseen_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise IndexError("tuple index out of range")
+
+    monkeypatch.setattr("fastattn.compiler.rewrite.masking_of", broken)
+    function = SPELLINGS["tril_masked_fill"][0]
+    given = inputs(5, grad=False)
+    compiled = torch.compile(function, backend=partial(backend, then="eager"), fullgraph=True)
+    torch.testing.assert_close(compiled(*given), function(*given))
+    assert "unexpected IndexError: tuple index out of range" in str(fastattn.compiler.report())
