@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +36,10 @@ MORE_REGISTERS, MORE_INSTRUCTIONS = 8, 1.1
 PRODUCTS = {"forward", "dk_dv", "dq", "dbias", "drelative", "decode"}
 # What streams tiles, by TMA or asynchronous copies.
 STREAMS = {"forward", "dk_dv", "dq"}
+LARGE_HEAD = 256
+# What ptxas does now and then in kernels without products, with most registers free: stores one and loads it.
+ARTEFACT = (2, 8)
+NOT_PARAMETRISED = SimpleNamespace(params={})
 
 
 def _load() -> ModuleType:
@@ -94,7 +98,7 @@ def answers(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[dict[st
     wanted = [
         item.callspec.params["name"]
         for item in request.session.items
-        if item.path == request.path and hasattr(item, "callspec")
+        if item.path == request.path and "name" in getattr(item, "callspec", NOT_PARAMETRISED).params
     ]
     with ThreadPoolExecutor(PROCESSES if alone else 1) as pool:
         yield Answers(pool, compilers, wanted if alone else [])
@@ -133,7 +137,7 @@ def test_compiles_well(name: str, answers: dict[str, Future[dict[str, Any]]]) ->
 def broken_rules(kernel: dict[str, Any], entry: Any) -> Iterator[str]:
     found = Kernel(**kernel)
     what = found.name.removeprefix("_")
-    if found.spills or found.stack:
+    if (found.spills, found.stack) > ((0, 0) if what in PRODUCTS else ARTEFACT):
         yield f"{what}: {found.spills} spills, {found.stack} bytes of stack"
     if found.shared_memory > shared_memory(entry.target):
         yield f"{what}: {found.shared_memory} bytes of shared memory"
@@ -143,16 +147,17 @@ def broken_rules(kernel: dict[str, Any], entry: Any) -> Iterator[str]:
         yield f"{what}: no program fits on a multiprocessor"
     if entry.dtype == "float32" or what not in PRODUCTS:
         return
-    wanted = {"sm_80": ["HMMA"], "sm_90": ["HGMMA"], "sm_100": ["UTCHMMA"], "gfx942": ["v_mfma"]}[
-        entry.target
-    ]
-    if what == "decode" and not entry.target.startswith("gfx"):
-        wanted = ["HMMA"]  # a tile of decoding has too few rows for the larger instructions
-    elif what in STREAMS:
+    large = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(entry.target)
+    # These take 64 rows: decoding has fewer, and the tiles of large heads.
+    if large and what != "decode" and entry.dim < LARGE_HEAD:
+        wanted = [large]
+        if entry.target == "sm_90" and found.count("HMMA"):
+            yield f"{what}: {found.count('HMMA')} HMMA beside HGMMA"
+    else:
+        wanted = ["v_mfma" if entry.target.startswith("gfx") else "HMMA|HGMMA|UTCHMMA"]
+    if what in STREAMS:
         wanted += {"sm_80": ["LDGSTS"], "sm_90": ["UTMALDG"], "sm_100": ["UTMALDG"]}.get(entry.target, [])
-    yield from (f"{what}: no {name}" for name in wanted if not found.count(name))
-    if entry.target == "sm_90" and what != "decode" and found.count("HMMA"):
-        yield f"{what}: {found.count('HMMA')} HMMA beside HGMMA"
+    yield from (f"{what}: no {names}" for names in wanted if not any(map(found.count, names.split("|"))))
 
 
 def drifted(name: str, kernels: list[dict[str, Any]]) -> Iterator[str]:
@@ -160,15 +165,14 @@ def drifted(name: str, kernels: list[dict[str, Any]]) -> Iterator[str]:
     if triton.__version__ not in versions:
         return
     before = versions[triton.__version__].get(name, {})
-    for kernel in kernels:
-        if kernel["name"] not in before:
-            yield f"{kernel['name']} is not in {entries.BASELINE.name}"
+    for kernel, (registers, instructions) in entries.sizes_of(kernels).items():
+        if kernel not in before:
+            yield f"{kernel} is not in {entries.BASELINE.name}"
             continue
-        registers, instructions = before[kernel["name"]]
-        if kernel["registers"] > registers + MORE_REGISTERS:
-            yield f"{kernel['name']} takes {kernel['registers']} registers, took {registers}"
-        if kernel["instructions"] > instructions * MORE_INSTRUCTIONS:
-            yield f"{kernel['name']} has {kernel['instructions']} instructions, had {instructions}"
+        if registers > before[kernel][0] + MORE_REGISTERS:
+            yield f"{kernel} takes {registers} registers, took {before[kernel][0]}"
+        if instructions > before[kernel][1] * MORE_INSTRUCTIONS:
+            yield f"{kernel} has {instructions} instructions, had {before[kernel][1]}"
 
 
 @pytest.mark.slow
