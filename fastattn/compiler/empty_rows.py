@@ -61,3 +61,48 @@ class EmptyRows(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk = torch.ops.fastattn.empty_rows_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.softcap)
         return dq, dk, None, None, None, None
+
+
+torch.library.define(
+    "fastattn::empty_rows_bias_backward", "(Tensor dout, Tensor v, Tensor bias, Tensor empty) -> Tensor"
+)
+
+
+@torch.library.impl("fastattn::empty_rows_bias_backward", ("cpu", "cuda"))
+def _bias_backward(dout: Tensor, v: Tensor, bias: Tensor, empty: Tensor) -> Tensor:
+    """dS of `_backward` before a softcap, summed over what the bias is broadcast over."""
+    batch, heads, length, _ = dout.shape
+    groups, keys = heads // v.shape[1], v.shape[2]
+    dbias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+    every = empty.expand(batch, heads, length, 1)[..., 0]
+    for b, h in every.any(-1).nonzero().tolist():
+        rows = every[b, h].nonzero()[:, 0]
+        dscores = dout[b, h, rows].float() @ v[b, h // groups].float().mT
+        dscores = (dscores - dscores.mean(-1, keepdim=True)) / keys
+        own = dbias[min(b, bias.shape[0] - 1), min(h, bias.shape[1] - 1)]
+        if bias.shape[3] == 1:
+            dscores = dscores.sum(-1, keepdim=True)
+        own.index_add_(0, rows if bias.shape[2] > 1 else torch.zeros_like(rows), dscores)
+    return dbias.to(bias.dtype)
+
+
+@torch.library.register_fake("fastattn::empty_rows_bias_backward")
+def _bias_fake(dout: Tensor, v: Tensor, bias: Tensor, empty: Tensor) -> Tensor:
+    return bias.new_empty(bias.shape)
+
+
+class EmptyRowsBias(torch.autograd.Function):
+    """0, with the derivative of the result for the bias of empty rows."""
+
+    @staticmethod
+    def forward(bias: Tensor, v: Tensor, empty: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return v.new_zeros((1, 1, 1, 1)).expand(*shape, v.shape[3])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        bias, v, empty = ctx.saved_tensors
+        return torch.ops.fastattn.empty_rows_bias_backward(dout, v, bias, empty), None, None, None

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fastattn.compiler.empty_rows import EmptyRows
+from fastattn.compiler.empty_rows import EmptyRows, EmptyRowsBias
 from fastattn.ops.attention import attention, sliding_window
 from fastattn.ops.attention.masks import Mask, as_mask
 from fastattn.ops.attention.weights import no_autocast
@@ -71,6 +71,8 @@ def _rewritten_attention(
         uniform = _uniform(q, k, v, scale, softcap, empty).to(out.dtype)
         if empty == UNIFORM_WITH_GRADIENT and softcap and torch.is_grad_enabled():
             uniform = uniform + EmptyRows.apply(q, k, v, torch.logical_not(seen), scale, softcap)
+        if empty == UNIFORM_WITH_GRADIENT and bias is not None and bias.requires_grad:
+            uniform = uniform + EmptyRowsBias.apply(bias, v, torch.logical_not(seen), q.shape[:3])
         return torch.where(seen, out, uniform)
 
 

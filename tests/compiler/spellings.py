@@ -395,6 +395,18 @@ def permuted_by_name(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.permute(torch.permute(scores, dims=(1, 0, 2, 3)).softmax(-1), dims=(1, 0, 2, 3)) @ v
 
 
+@spelling()
+def viewed_behind_a_gate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = F.dropout(((q @ k.mT) * 0.25).softmax(-1) @ v * torch.sigmoid(q), training=False)
+    return out.view(q.shape[0] * q.shape[1], q.shape[2], q.shape[3])
+
+
+@spelling()
+def viewed_behind_two_transposes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = (((q @ k.mT) * 0.25).softmax(-1) @ v).transpose(1, 2).relu()
+    return out.transpose(1, 2).view(q.shape[0], -1)
+
+
 @spelling("bool mask & bias")
 def shifted_windows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Swin: a mask for each window, a bias for each head, the windows in the batch."""
