@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from fastattn.compiler.backend import backend
 from fastattn.compiler.report import Report, records_into
 
 Model = TypeVar("Model", bound=nn.Module)
+# Where a compiled call keeps what was called before.
+_REPLACED: Final = "fastattn_replaced"
+_backends: dict[Any, Callable[..., Any]] = {}
 
 
 def optimize(
@@ -55,14 +58,31 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize(model): expected a torch.nn.Module, got {type(model).__name__}")
-    model.compile(backend=partial(backend, mode=mode, options=options), dynamic=dynamic, fullgraph=fullgraph)
+    before: Any = model._compiled_call_impl
+    model.compile(backend=_backend(mode, options), dynamic=dynamic, fullgraph=fullgraph)
+    compiled: Any = model._compiled_call_impl
+    setattr(compiled, _REPLACED, getattr(before, _REPLACED, before))
     if verbose:
         _tell_once(model)
     return model
 
 
+def _backend(mode: str | None, options: Mapping[str, Any] | None) -> Callable[..., Any]:
+    """The same object for the same settings: dynamo takes another one for another backend, and compiles what
+    models of one class share anew for each."""
+    plain = (str, int, float, bool, type(None))
+    key = (
+        mode,
+        *(
+            (name, type(x), x if isinstance(x, plain) else id(x))
+            for name, x in sorted((options or {}).items())
+        ),
+    )
+    return _backends.setdefault(key, partial(backend, mode=mode, options=dict(options or {})))
+
+
 def _tell_once(model: nn.Module) -> None:
-    compiled: Callable[..., Any] = model._compiled_call_impl  # type: ignore[assignment]
+    compiled: Any = model._compiled_call_impl
     found = Report()
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -74,11 +94,12 @@ def _tell_once(model: nn.Module) -> None:
         print(found)
         return out
 
-    model._compiled_call_impl = call
+    setattr(call, _REPLACED, getattr(compiled, _REPLACED))
+    model._compiled_call_impl = call  # type: ignore[assignment]
 
 
 def revert(model: Model) -> Model:
-    """Undo `optimize`: calling the model runs its own code again.
+    """Undo `optimize`: calling the model runs what it ran before, its own code or what its own `compile` made.
 
     Args:
         model: one that was given to `optimize`; of one that was not, nothing changes.
@@ -92,7 +113,9 @@ def revert(model: Model) -> Model:
         >>> layer(torch.ones(1, 2)).shape
         torch.Size([1, 2])
     """
-    model._compiled_call_impl = None
+    compiled: Any = model._compiled_call_impl
+    if hasattr(compiled, _REPLACED):
+        model._compiled_call_impl = getattr(compiled, _REPLACED)
     return model
 
 
@@ -121,11 +144,15 @@ def explain_model(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     """
     found = Report()
     buffers = [(x, x.detach().clone()) for x in model.buffers()]
+    entries = [(module, dict(module._buffers)) for module in model.modules()]
     compiled = torch.compile(model.forward, backend=partial(backend, then="eager"))
     try:
         with torch.random.fork_rng(), records_into(found):
             compiled(*args, **kwargs)
     finally:
+        for module, own in entries:
+            module._buffers.clear()
+            module._buffers.update(own)
         with torch.no_grad():
             for x, before in buffers:
                 x.copy_(before)

@@ -51,6 +51,23 @@ def test_optimize_and_revert(capsys: pytest.CaptureFixture[str]) -> None:
     assert fastattn.compiler.report().seen == 0
 
 
+def test_revert_leaves_a_model_s_own_compilation() -> None:
+    model = NanoBlock()
+    model.compile(backend="eager")
+    own = model._compiled_call_impl
+    assert fastattn.compiler.revert(model)._compiled_call_impl is own
+    for _ in range(2):
+        fastattn.optimize(model, verbose=True, options=EAGER)
+    assert fastattn.compiler.revert(model)._compiled_call_impl is own
+
+
+def test_many_models_of_one_class_share_their_code() -> None:
+    models = [fastattn.optimize(NanoBlock().eval(), options=dict(EAGER)) for _ in range(12)]
+    for model in models:
+        model(torch.randn(2, 12, 32))
+    assert fastattn.compiler.report().seen == 1
+
+
 def test_optimized_model_is_copied_and_pickled() -> None:
     model = fastattn.optimize(NanoBlock(), verbose=True, options=EAGER)
     x = torch.randn(2, 12, 32)
@@ -74,8 +91,10 @@ def test_explain_model_changes_nothing() -> None:
         def __init__(self) -> None:
             super().__init__(dropout=0.5)
             self.norm = nn.BatchNorm1d(12)
+            self.register_buffer("steps", torch.zeros(1))
 
         def forward(self, x: Tensor) -> Tensor:
+            self.steps = self.steps + 1
             return super().forward(self.norm(x))
 
     model = Normed().train()
