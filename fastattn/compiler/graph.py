@@ -192,7 +192,10 @@ def is_tensor(x: Any) -> bool:
 
 def stops_gradient(node: fx.Node, source: fx.Node) -> bool:
     """Whether a node was computed from another without a gradient, as ``torch.no_grad`` has it."""
-    return bool(value_of(source).requires_grad) and not value_of(node).requires_grad
+    before, after = value_of(source), value_of(node)
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    return before.requires_grad and not after.requires_grad
 
 
 def number_of(x: Any) -> float | None:

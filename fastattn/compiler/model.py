@@ -95,11 +95,11 @@ def _tell_once(model: nn.Module) -> None:
         return out
 
     setattr(call, _REPLACED, getattr(compiled, _REPLACED))
-    model._compiled_call_impl = call  # type: ignore[assignment]
+    model._compiled_call_impl = call
 
 
 def revert(model: Model) -> Model:
-    """Undo `optimize`: calling the model runs what it ran before, its own code or what its own `compile` made.
+    """Undo `optimize`: calling the model runs what it ran before, its own code or its own compiled one.
 
     Args:
         model: one that was given to `optimize`; of one that was not, nothing changes.
