@@ -75,10 +75,17 @@ class Indices:
             return None
         try:
             found: Meaning = rule(node, call)
-        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError):
+        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError, ArithmeticError):
             return None
         if isinstance(found, Affine) and not found.constant and value.dtype not in _EXACT:
             return None
+        if not value.is_floating_point() and value.dtype not in (*_EXACT, torch.bool):
+            # Small integers wrap around.
+            numbers = (found.const,) if isinstance(found, Affine) else ()
+            if isinstance(found, Choice):
+                numbers = (found.yes, found.no)
+            if any(not meanings.plain_number(x) or x not in (0, 1) for x in numbers):
+                return None
         return meanings.normal(found, tuple(value.shape))
 
     # --- tensors made from nothing
@@ -136,6 +143,8 @@ class Indices:
 
     def _reshape(self, node: fx.Node, call: Call) -> Meaning:
         x = call.args[0]
+        if value_of(x).dtype != value_of(node).dtype:
+            return None  # view(dtype): the same bits
         moved = meanings.matching(shape_of(x), shape_of(node))
         return None if moved is None else meanings.moved(self.of(x), moved)
 

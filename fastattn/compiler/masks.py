@@ -170,6 +170,8 @@ class _Finder:
             return None
         if call.name in ("to", "expand", "expand_as", "contiguous"):
             return term._replace(node=source)
+        if call.name == "reshape" and value_of(source).dtype != value_of(term.node).dtype:
+            return None  # view(dtype): the same bits
         if call.name not in ("reshape", "getitem"):
             return None
         if call.name == "getitem" and not all(_from_first(x) for x in _indices(call)):
@@ -405,11 +407,22 @@ def _is_bool(x: Any) -> bool:
     return is_tensor(x) and value_of(x).dtype == torch.bool
 
 
-_NOT_KNOWN: Final = {"dropout", "bernoulli", "multinomial", "normal", "new_empty", "item"}
+_NOT_KNOWN: Final = {
+    *("bernoulli", "multinomial", "normal", "new_empty", "item", "poisson", "binomial", "rrelu"),
+    *(
+        "gumbel_softmax",
+        "exponential",
+        "geometric",
+        "cauchy",
+        "log_normal",
+        "uniform",
+        "fractional_max_pool2d",
+    ),
+}
 
 
 def _is_known(name: str) -> bool:
-    return name not in _NOT_KNOWN and not name.startswith(("rand", "empty"))
+    return name not in _NOT_KNOWN and "dropout" not in name and not name.startswith(("rand", "empty"))
 
 
 def evaluated(node: fx.Node) -> Tensor | None:

@@ -602,3 +602,25 @@ def bias_of_empty_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     there = torch.arange(k.shape[2]) >= torch.arange(q.shape[0]).flip(0)[:, None] * k.shape[2]
     bias = torch.einsum("bhqd,bhkd->hqk", q, q.flip(2)) / 64
     return ((q @ k.mT) * 0.25 + (bias + _low(there[:, None, None], q))).softmax(-1) @ v
+
+
+@spelling("bool mask")
+def small_integers_wrap_around(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    i = torch.zeros(q.shape[2], 1, dtype=torch.uint8) + 250 + 10
+    hidden = (i > 100) | (torch.arange(k.shape[2]) > 5)
+    return (q @ k.mT).masked_fill(hidden, -math.inf).softmax(-1) @ v
+
+
+@spelling()
+def bias_of_other_bits(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The bits of 1.0 as an int32, which is not 1."""
+    bits = torch.ones(q.shape[2], k.shape[2]).tril().view(torch.int32)
+    return (q @ k.mT + torch.where(bits == 1, -math.inf, 0.0)).softmax(-1) @ v
+
+
+@spelling("bool mask")
+def mask_drawn_at_random(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Drawn at every call, though the chance is nearly none."""
+    drawn = torch.poisson(torch.full((q.shape[2], k.shape[2]), 1e-9)) > 0.5
+    hidden = drawn | (torch.arange(k.shape[2]) * 2 > 12)
+    return (q @ k.mT).masked_fill(hidden, -math.inf).softmax(-1) @ v
