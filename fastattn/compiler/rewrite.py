@@ -33,6 +33,7 @@ from fastattn.compiler.masks import Masking, masking_of, plain_mode
 from fastattn.compiler.patterns import find, is_candidate
 from fastattn.compiler.report import Record
 from fastattn.compiler.site import Site
+from fastattn.compiler.strides import as_it_lay
 from fastattn.compiler.torch_calls import MultiHead, is_torch_call, site_of
 from fastattn.ops.attention import explain
 
@@ -217,11 +218,10 @@ def _emit(site: Site, masking: Masking, dtype: torch.dtype | None) -> fx.Node:
         found, wanted = value_of(new), value_of(site.out)
         if dtype is not None:
             return new
-        if not value_of(new).is_contiguous() and any(_reads_strides(user) for user in site.out.users):
-            new = write.call(Tensor.contiguous, new)
         if found.dtype != wanted.dtype or not same_shape(found.shape, wanted.shape):
             expected = f"{wanted.dtype} {list(wanted.shape)}"
             raise NoMatch(f"it would give {found.dtype} {list(found.shape)}, not {expected}")
+        new = as_it_lay(write, new, site.out)
     except Exception as error:
         # What was not foreseen leaves the site as it was, too.
         erase_unused(write.nodes[::-1])
@@ -231,17 +231,6 @@ def _emit(site: Site, masking: Masking, dtype: torch.dtype | None) -> fx.Node:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
-
-
-def _reads_strides(user: fx.Node) -> bool:
-    """Whether a user of a result needs it to lie in memory as the product with the values did."""
-    if user.op == "output":
-        return True
-    call = call_of(user)
-    name = str(getattr(user.target, "__name__", user.target))
-    return (
-        call is None or call.in_place or name.startswith(("view", "as_strided", "unflatten", "_unsafe_view"))
-    )
 
 
 def _attend(write: Emitter, masking: Masking, out_dtype: torch.dtype) -> fx.Node:
