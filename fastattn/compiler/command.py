@@ -50,8 +50,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"fastattn explain-model: {error}", file=sys.stderr)
         return 2
     model.train(not args.eval)
-    with torch.set_grad_enabled(not args.eval):
-        found = explain_model(model, *given, **named)
+    try:
+        with torch.set_grad_enabled(not args.eval):
+            found = explain_model(model, *given, **named)
+    except (TypeError, IndexError) as error:  # what a model says of inputs that are not its own
+        line = str(error).strip().splitlines()[0]
+        print(f"fastattn explain-model: the model failed: {line}", file=sys.stderr)
+        print("  its inputs: --input SHAPE for each, --ids-below N for its vocabulary", file=sys.stderr)
+        return 2
     if args.json:
         print(json.dumps({"schema": 1, **dataclasses.asdict(found)}, indent=2))
     else:

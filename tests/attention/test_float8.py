@@ -124,6 +124,10 @@ def test_compiled_without_a_break() -> None:
 
 def test_refusals() -> None:
     q, scale = quantised(1, 2, 5, 16)
+    with pytest.raises(
+        TypeError, match=r"q: expected .* got torch.float8_e4m3fn \(fastattn.attention_float8"
+    ):
+        fastattn.attention(q, q, q)
     with pytest.raises(TypeError, match=r"k: expected a tensor of float8_e4m3fn, got torch.float32"):
         fastattn.attention_float8(q, q.float(), q)
     with pytest.raises(TypeError, match=r"v_scale: expected a floating tensor, got float"):

@@ -31,7 +31,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"{name}: expected 4 dimensions [batch, heads, length, head_dim], got {list(x.shape)}"
             )
         if x.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+            hint = " (fastattn.attention_float8 takes it)" if x.dtype == torch.float8_e4m3fn else ""
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}{hint}")
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
         if x.device != q.device:
