@@ -146,6 +146,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["torch:no_such_name"], "there is no 'no_such_name' in torch"),
         (["torch:get_num_threads"], "expected a torch.nn.Module, got int"),
         (["torch.nn:Identity", "--input", "2y3"], "expected a shape as 2x1024"),
+        (["torch.nn:Identity"], "--input SHAPE for each"),
     ],
 )
 def test_command_says_what_is_wrong(
