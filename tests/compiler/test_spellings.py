@@ -11,7 +11,8 @@ from torch import Tensor
 
 import fastattn.compiler
 from fastattn.compiler.backend import backend
-from tests.compiler.spellings import LOOK_ALIKES, SPELLINGS, Spelling
+from tests.compiler.look_alikes import LOOK_ALIKES
+from tests.compiler.spellings import SPELLINGS, Spelling
 
 HEADS, DIM = 4, 16
 # Masks that are known only where their size is, as they are computed to see what they are.
