@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", "fastattn"):
             raise
-        extra = "bench" if chosen == "bench" else "train"
+        extra = {"bench": "bench", "tune": "triton"}.get(chosen or "", "train")
         print(f"fastattn {chosen} needs {package}: pip install 'fastattn[{extra}]'", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `fastattn env | head`; nor may Python's own flush at exit fail on it

@@ -101,6 +101,17 @@ def test_the_interpreter_compiles_nothing(
     assert "expected an environment without TRITON_INTERPRET" in capsys.readouterr().err
 
 
+def test_without_triton_it_is_told_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+    monkeypatch.setattr("importlib.import_module", missing)
+    assert cli.main(["tune"]) == 1
+    assert capsys.readouterr().err == "fastattn tune needs triton: pip install 'fastattn[triton]'\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
