@@ -76,7 +76,10 @@ def loaded(text: str) -> tuple[Callable[..., Any], list[Tensor]]:
     for dtype, shape in re.findall(r'x\d+: "(\w+)\[([^\]]*)\]"', text.partition("):")[0]):
         sizes = [int(n) for n in shape.split(",") if n.strip()]
         kind = _DTYPES[dtype]
-        inputs.append(torch.randn(sizes) * 0.1 if kind.is_floating_point else torch.ones(sizes, dtype=kind))
+        if kind.is_floating_point:  # almost all of them are parameters
+            inputs.append((torch.randn(sizes) * 0.1).requires_grad_())
+        else:
+            inputs.append(torch.ones(sizes, dtype=kind))
 
     def call(*given: Tensor) -> Any:
         return place["forward"](None, *given)  # type: ignore[operator]
