@@ -81,7 +81,7 @@ class Indices:
             return None
         if not value.is_floating_point() and value.dtype not in (*_EXACT, torch.bool):
             # Small integers wrap around.
-            numbers = (found.const,) if isinstance(found, Affine) else ()
+            numbers: tuple[Any, ...] = (found.const,) if isinstance(found, Affine) else ()
             if isinstance(found, Choice):
                 numbers = (found.yes, found.no)
             if any(not meanings.plain_number(x) or x not in (0, 1) for x in numbers):
