@@ -53,7 +53,7 @@ class Case(NamedTuple):
         """Lists of features, keys of `fastattn.testing.FEATURES`, that make it this case."""
         rich: tuple[tuple[str, ...], ...] = ((),)
         if self.rich:
-            rich = (("alibi",), ("dense-mask",), ("dropout",), ("bias-1HQK",))
+            rich = (("alibi",), ("dense-mask-2d",), ("dropout",), ("bias-11QK",))
         own = {"bias": ("bias-1HQK",), "relative": ("alibi",)}.get(self.kernel, ())
         causal = ("causal",) * self.causal
         return [tuple(dict.fromkeys((*names, *own, *causal))) for names in rich]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
 from typing import Final, NamedTuple
 
@@ -153,6 +157,20 @@ def compile_candidate(case: Case, arch: str, config: Config) -> Compiled:
                 config, tuple(found), f"{features_as_words(features)}: {next(filter(None, reasons))}"
             )
     return Compiled(config, tuple(found))
+
+
+def compile_all(case: Case, arch: str, configs: Sequence[Config]) -> Iterator[Compiled]:
+    """`compile_candidate` of each, in order, in as many processes as there are cores, eight at most.
+
+    What they compile is in Triton's cache when a GPU is to run it.
+    """
+    processes = min(8, os.cpu_count() or 1, len(configs))
+    if processes == 1:
+        yield from (compile_candidate(case, arch, config) for config in configs)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a GPU's context does not live through a fork
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        yield from pool.map(partial(compile_candidate, case, arch), configs)
 
 
 def ruled_out(kernel: Kernel) -> str:

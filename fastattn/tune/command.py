@@ -18,7 +18,7 @@ from fastattn.ops.attention.triton import tuning
 from fastattn.ops.attention.triton.tuning import Config, Row
 from fastattn.testing.cases import Sizes
 from fastattn.tune.calls import Case, features_as_words
-from fastattn.tune.candidates import Compiled, candidates, compile_candidate, without_measuring
+from fastattn.tune.candidates import Compiled, candidates, compile_all, without_measuring
 from fastattn.tune.measure import Outcome, measure
 
 _DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -108,11 +108,10 @@ def _row_of(case: Case, arch: str, args: argparse.Namespace) -> Row | None:
     print(f"  {sizes.batch} x {sizes.heads} heads x {sizes.k_length} keys: {variants}")
     wanted = list(dict.fromkeys((*candidates(case, arch)[: args.most], default)))
     fitting = []
-    for config in wanted:
-        found = compile_candidate(case, arch, config)
+    for found in compile_all(case, arch, wanted):
         _tell(found)
         if not found.reason:
-            fitting.append(config)
+            fitting.append(found.config)
     if args.dry_run:
         return _static_row(case, arch, fitting[0]) if fitting else None
     device = torch.device("cuda", torch.cuda.current_device())
@@ -168,17 +167,18 @@ def _table(args: argparse.Namespace) -> list[Row]:
 
 
 def _cases(args: argparse.Namespace) -> Iterator[Case]:
-    for kernel, dim, dtype, causal, rich in product(
-        args.kernel, args.dim, args.dtype, args.causal, args.rich
-    ):
-        yield Case(kernel, dim, getattr(torch, dtype), causal == "yes", rich == "yes")
+    causal = ["yes"] if args.static else args.causal  # a static row is for both
+    for kernel, dim, dtype, masked, rich in product(args.kernel, args.dim, args.dtype, causal, args.rich):
+        # The gradient of a bias is of a problem that has one.
+        if rich == "yes" or kernel not in ("bias", "relative"):
+            yield Case(kernel, dim, getattr(torch, dtype), masked == "yes", rich == "yes")
 
 
 def _sizes(case: Case, length: int) -> Sizes:
-    """16,384 tokens of 2,048 features; for decoding 8 sequences with 8 query heads a key head."""
-    heads = max(1, _HIDDEN // case.dim)
+    """16,384 tokens of 2,048 features; for decoding 8 sequences of 32 query heads and 8 key heads."""
     if case.kernel == "decode":
-        return Sizes(8, 4 * max(heads // 8, 1), max(heads // 8, 1), 1, length)
+        return Sizes(batch=8, heads=32, kv_heads=8, q_length=1, k_length=length)
+    heads = _HIDDEN // case.dim
     return Sizes(max(1, _TOKENS // length), heads, heads, length, length)
 
 

@@ -72,6 +72,15 @@ def test_the_most_specific_row_is_taken(table: Path) -> None:
     assert config("forward", "sm_80", 64, single, True, True).block_q == 128
 
 
+def test_sixteen_bit_dtypes_share_rows(table: Path) -> None:
+    tuning.write([row(16), row(32, dtype="bfloat16"), row(64, rich="yes"), row(128, dtype="float32")], table)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert config("forward", "sm_80", 64, dtype, False, True).block_q == 32
+    tuning.write([row(32, dtype="bfloat16"), row(64, dtype="float16"), row(16)], table)
+    assert config("forward", "sm_80", 64, torch.float16, False, False).block_q == 64
+    assert config("forward", "sm_80", 64, torch.float32, False, False).block_q == 16
+
+
 def test_an_architecture_without_a_row_takes_the_nearest_one_s(table: Path) -> None:
     tuning.write(
         [

@@ -49,6 +49,8 @@ SHARED_MEMORY: Final = {
     "gfx950": 160 * 1024,
 }
 _AMD_SHARED_MEMORY: Final = 64 * 1024
+# The same instructions, the same sizes.
+_TWINS: Final = {"bfloat16": "float16", "float16": "bfloat16"}
 # An architecture without a row of its own takes those of the next one.
 _NEAREST: Final = {
     "sm_87": "sm_80",
@@ -93,14 +95,15 @@ class Row(NamedTuple):
     config: Config
     source: str
 
-    @property
-    def specific(self) -> int:
-        """How many of dtype, causal and rich are named; dtype counts most, then rich."""
-        return 4 * (self.dtype != ANY) + 2 * (self.rich != ANY) + (self.causal != ANY)
-
     def suits(self, dtype: str, causal: str, rich: str) -> bool:
-        """Whether the row is one for this case."""
-        return self.dtype in (ANY, dtype) and self.causal in (ANY, causal) and self.rich in (ANY, rich)
+        """Whether the row is one for this case; those of one 16-bit dtype are for the other as well."""
+        dtypes = (ANY, dtype, _TWINS.get(dtype))
+        return self.dtype in dtypes and self.causal in (ANY, causal) and self.rich in (ANY, rich)
+
+    def specific(self, dtype: str) -> int:
+        """How much of a case with `dtype` is named; dtype counts most, then rich."""
+        named = 8 * (self.dtype == dtype) + 4 * (self.dtype == _TWINS.get(dtype))
+        return named + 2 * (self.rich != ANY) + (self.causal != ANY)
 
 
 def config(kernel: str, arch: str, dim: int, dtype: torch.dtype, causal: bool, rich: bool) -> Config:
@@ -142,7 +145,7 @@ def _look_up(kernel: str, arch: str, dim: int, dtype: torch.dtype, causal: bool,
         rows = table.get((kernel, nearest, dim), ())
         fitting = [row for row in rows if row.suits(name, by[causal], by[rich])]
         if fitting:
-            return max(fitting, key=lambda row: row.specific).config
+            return max(fitting, key=lambda row: row.specific(name)).config
     raise ValueError(f"arch: expected one that {TABLE.name} has {kernel} rows for, got {arch!r}")
 
 
@@ -259,7 +262,8 @@ def _row(fields: dict[str, str]) -> Row:
 def _order(row: Row) -> tuple[object, ...]:
     vendor, _, number = row.arch.rpartition("_")
     arch = (vendor != "sm", int(number) if vendor == "sm" else row.arch)
-    return (KERNELS.index(row.kernel), *arch, row.dim, row.specific, row.dtype, row.causal, row.rich)
+    case = (row.dtype, row.rich, row.causal)
+    return (KERNELS.index(row.kernel), *arch, row.dim, *((word != ANY, word) for word in case))
 
 
 @cache
