@@ -159,7 +159,7 @@ class Shape(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What gradients are made of: the tensors, and float32 ``[B, H, L_q]`` lse in base 2 and delta."""
+    """What gradients are made of: tensors, float32 ``[B, H, L_q]`` lse in base 2 and delta, the problem."""
 
     q: Tensor
     k: Tensor
@@ -167,6 +167,9 @@ class Saved(NamedTuple):
     dout: Tensor
     log2_sum: Tensor
     delta: Tensor
+    options: Problem
+    bounds: Band
+    scale: float
 
 
 def rows(x: Tensor) -> Rows:

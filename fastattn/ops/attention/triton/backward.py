@@ -9,7 +9,6 @@ Source: Dao, "FlashAttention-2", ICLR 2024 (arXiv 2307.08691), algorithm 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -63,7 +62,8 @@ def backward(
     padded = launch.cdiv(q_length, PADDING.value) * PADDING.value
     some = min(PADDING.value, _ELEMENTS // launch.width(v.shape[3]))
     log2_sum, delta = lse.new_empty((2, batch, heads, padded)).unbind()
-    saved = Saved(q, k, v, dout, log2_sum, delta)
+    bounds = band(q_length, k.shape[2], given)
+    saved = Saved(q, k, v, dout, log2_sum, delta, as_arguments(given), bounds, given[15])
     with launch.on(q.device):
         _rows[(padded // some * batch * heads,)](
             rows(out),
@@ -82,13 +82,14 @@ def backward(
         if k.shape[2] == 0:
             for x in (dq, dk, dv, dbias, drelative):
                 x.zero_()
-        if k.shape[2] > 0 and wanted & WANTED_QKV:
-            _keys_and_values(saved, dk, dv, given)
-            _queries(saved, dq, given)
-        if k.shape[2] > 0 and dbias.numel() > 0:
-            bias_gradient(saved, dbias, given)
-        if k.shape[2] > 0 and drelative.numel() > 0:
-            relative_gradient(saved, drelative, given)
+        else:
+            if wanted & WANTED_QKV:
+                _keys_and_values(saved, dk, dv)
+                _queries(saved, dq)
+            if dbias.numel() > 0:
+                bias_gradient(saved, dbias)
+            if drelative.numel() > 0:
+                relative_gradient(saved, drelative)
     if dsinks.numel() > 0:
         # A sink's dP is 0.
         share = torch.exp(given[6][:, :, None] - lse).masked_fill(lse == float("-inf"), 0.0)
@@ -96,10 +97,9 @@ def backward(
     return grads
 
 
-def _keys_and_values(saved: Saved, dk: Tensor, dv: Tensor, problem: Sequence[Any]) -> None:
-    q, k, v, dout, log2_sum, delta = saved
+def _keys_and_values(saved: Saved, dk: Tensor, dv: Tensor) -> None:
+    q, k, v, dout, log2_sum, delta, options, bounds, scale = saved
     (batch, heads, q_length, _), (_, kv_heads, k_length, _) = q.shape, k.shape
-    options, bounds = as_arguments(problem), band(q_length, k_length, problem)
     config = launch.config("dkdv", q, v, options, bounds != (None, None))
     tma = launch.by_tma(q, dout)
     tiles = Tiles()
@@ -126,17 +126,16 @@ def _keys_and_values(saved: Saved, dk: Tensor, dv: Tensor, problem: Sequence[Any
         q_length,
         k_length,
         *bounds,
-        problem[15],
-        launch.shape(q, v, config, options, problem[15], tma),
+        scale,
+        launch.shape(q, v, config, options, scale, tma),
         GROUPED=heads != kv_heads,
         **launch.options(config),
     )
 
 
-def _queries(saved: Saved, dq: Tensor, problem: Sequence[Any]) -> None:
-    q, k, v, dout, log2_sum, delta = saved
+def _queries(saved: Saved, dq: Tensor) -> None:
+    q, k, v, dout, log2_sum, delta, options, bounds, scale = saved
     (batch, heads, q_length, _), k_length = q.shape, k.shape[2]
-    options, bounds = as_arguments(problem), band(q_length, k_length, problem)
     config = launch.config("dq", q, v, options, bounds != (None, None))
     tma = launch.by_tma(k, v)
     tiles = Tiles()
@@ -160,8 +159,8 @@ def _queries(saved: Saved, dq: Tensor, problem: Sequence[Any]) -> None:
         q_length,
         k_length,
         *bounds,
-        problem[15],
-        launch.shape(q, v, config, options, problem[15], tma),
+        scale,
+        launch.shape(q, v, config, options, scale, tma),
         **launch.options(config),
     )
 

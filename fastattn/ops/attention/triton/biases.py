@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastattn.ops.attention.triton import launch
-from fastattn.ops.attention.triton.arguments import Place, Saved, as_arguments, band, rows
+from fastattn.ops.attention.triton.arguments import Place, Saved, rows
 from fastattn.ops.attention.triton.tile import gradient_of_scores, kept, load_rows, padded_row
 
 
-def bias_gradient(saved: Saved, dbias: Tensor, problem: Sequence[Any]) -> None:
+def bias_gradient(saved: Saved, dbias: Tensor) -> None:
     """dS into dbias, float32 ``[B or 1, H or 1, L_q or 1, L_k or 1]``."""
-    q, k, v, dout, log2_sum, delta = saved
+    q, k, v, dout, log2_sum, delta, options, bounds, scale = saved
     (batch, heads, q_length, _), k_length = q.shape, k.shape[2]
-    options, bounds = as_arguments(problem), band(q_length, k_length, problem)
     config = launch.config("bias", q, v, options, bounds != (None, None))
     whole = (batch, heads, q_length, k_length)
     over = [size == 1 and full != 1 for size, full in zip(dbias.shape, whole, strict=True)]
@@ -46,8 +42,8 @@ def bias_gradient(saved: Saved, dbias: Tensor, problem: Sequence[Any]) -> None:
         q_length,
         k_length,
         *bounds,
-        problem[15],
-        launch.shape(q, v, config, options, problem[15], False),
+        scale,
+        launch.shape(q, v, config, options, scale, False),
         OVER_QUERIES=over[2],
         OVER_KEYS=over[3],
         **launch.options(config),
@@ -192,11 +188,10 @@ def _ds(q, k, v, dout, log2_sum, delta, problem, place, heads, group, m, n, shap
     return ds
 
 
-def relative_gradient(saved: Saved, drelative: Tensor, problem: Sequence[Any]) -> None:
+def relative_gradient(saved: Saved, drelative: Tensor) -> None:
     """dS summed along its diagonals into drelative, float32 ``[B or 1, H or 1, R]``."""
-    q, k, v, dout, log2_sum, delta = saved
+    q, k, v, dout, log2_sum, delta, options, bounds, scale = saved
     (batch, heads, q_length, _), k_length = q.shape, k.shape[2]
-    options, bounds = as_arguments(problem), band(q_length, k_length, problem)
     config = launch.config("relative", q, v, options, bounds != (None, None))
     keys = launch.power_of_two(config.block_q + config.block_k - 1)
     own_batches, own_heads, size = drelative.shape
@@ -224,8 +219,8 @@ def relative_gradient(saved: Saved, drelative: Tensor, problem: Sequence[Any]) -
         q_length,
         k_length,
         *bounds,
-        problem[15],
-        launch.shape(q, v, config._replace(block_k=keys), options, problem[15], False),
+        scale,
+        launch.shape(q, v, config._replace(block_k=keys), options, scale, False),
         DISTANCES=config.block_k,
         **launch.options(config),
     )
@@ -283,7 +278,7 @@ def _drelative(
         )
         if problem.origin is None:
             n = m + at - q_length
-            if (n < k_length) & (n + shape.keys > 0) & _in_band(place, m, n, shape):
+            if (n + shape.keys > 0) & _in_band(place, m, n, shape):
                 ds = _ds(
                     q, k, v, dout, log2_sum, delta, problem, place, heads, group, m, n, shape, ALIGNED=False
                 )

@@ -1,4 +1,4 @@
-"""What the kernels share: tiles of q, k and v, of scores under softcap and biases, of masks, and of problem.
+"""What the kernels share: tiles of q, k and v, of scores under softcap and biases, of masks, and of dropout.
 
 Queries `i` and keys `j` are indices of shapes that broadcast, ``[queries, 1]`` and ``[1, keys]`` or the other
 way round: nothing here depends on which way a tile lies. Scores are in base 2: a probability is one exp2.
