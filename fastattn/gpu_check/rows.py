@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,12 +55,13 @@ class Rows:
     Args:
         path: the file; it is made with its header where it does not exist.
         common: what is the same in every row.
+        columns: of the file, in order; those of `fastattn gpu-check` if not given.
 
     Raises:
         ValueError: the file is there with other columns.
     """
 
-    def __init__(self, path: Path, common: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, common: Mapping[str, Any], columns: Sequence[str] = COLUMNS) -> None:
         self.common = dict(common)
         self.path = path
         self.rows: list[dict[str, Any]] = []
@@ -69,10 +70,10 @@ class Rows:
         if not new:
             with path.open(newline="", encoding="utf-8") as file:
                 header = next(csv.reader(file))
-            if header != list(COLUMNS):
-                raise ValueError(f"{path}: expected the columns {list(COLUMNS)}, got {header}")
+            if header != list(columns):
+                raise ValueError(f"{path}: expected the columns {list(columns)}, got {header}")
         self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS, restval="", lineterminator="\n")
+        self._writer = csv.DictWriter(self._file, columns, restval="", lineterminator="\n")
         if new:
             self._writer.writeheader()
             self._file.flush()
