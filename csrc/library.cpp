@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "attention/attention.h"
+#include "linear/linear.h"
 
 #define ATTENTION_PROBLEM                                                                           \
   "Tensor? mask, Tensor? blocks, Tensor? ranges, Tensor? bias, Tensor? relative, Tensor? origin, "  \
@@ -20,6 +21,11 @@ STABLE_TORCH_LIBRARY(fastattn_cpu, m) {
   m.def("attention_backward(" ATTENTION_SAVED ATTENTION_PROBLEM
         "int wanted, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dbias, Tensor(e!) drelative, "
         "Tensor(f!) dsinks) -> ()");
+  m.def(
+      "gemm(Tensor a, Tensor b, Tensor? bias, int epilogue, int activation, Tensor(a!)? u, Tensor? gate, "
+      "Tensor(b!)? h, Tensor(c!)? d, int isa, Tensor(d!) c) -> ()");
+  m.def(
+      "dropout_add(Tensor x, Tensor? residual, Tensor? seed, int drop_threshold, int isa, Tensor(a!) out) -> ()");
   m.def("isa_present() -> int");
   m.def("fma_loop(int steps, int isa) -> float");
 }
@@ -28,6 +34,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&fastattn::attention_forward));
   m.impl("attention_decode", TORCH_BOX(&fastattn::attention_decode));
   m.impl("attention_backward", TORCH_BOX(&fastattn::attention_backward));
+  m.impl("gemm", TORCH_BOX(&fastattn::gemm));
+  m.impl("dropout_add", TORCH_BOX(&fastattn::dropout_add));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CompositeExplicitAutograd, m) {

@@ -15,7 +15,6 @@ from fastattn.nn import CausalSelfAttention, MultiheadAttention
 from fastattn.ops.attention import (
     AttentionStatistics,
     Bias,
-    Explanation,
     KVCache,
     Mask,
     Rotary,
@@ -28,7 +27,6 @@ from fastattn.ops.attention import (
     causal,
     chunked,
     documents,
-    explain,
     explain_with_kv_cache,
     key_padding,
     merge_attention,
@@ -37,6 +35,8 @@ from fastattn.ops.attention import (
     sliding_window,
     varlen_attention,
 )
+from fastattn.ops.choice import Explanation
+from fastattn.ops.explain import explain
 from fastattn.ops.rotary import rotary
 
 if TYPE_CHECKING:

@@ -38,6 +38,11 @@ SOURCES: Final[dict[str, tuple[str, ...]]] = {
     "attention/avx2.cpp": _AVX2,
     "attention/avx512.cpp": _AVX512,
     "attention/wide.cpp": _AVX2,
+    "linear/linear.cpp": (),
+    "linear/scalar.cpp": (),
+    "linear/avx2.cpp": _AVX2,
+    "linear/avx512.cpp": _AVX512,
+    "linear/wide.cpp": _AVX2,
 }
 # Not -ffast-math: it breaks masking by -inf. These three give the kernels what they need of it.
 _MATH: Final = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")

@@ -3,12 +3,10 @@
 #include "attention/attention.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include "attention/problem.h"
-#include "common/isa.h"
 #include "common/tasks.h"
+#include "common/tensors.h"
 
 namespace fastattn {
 namespace {
@@ -16,27 +14,11 @@ namespace {
 using torch::headeronly::ScalarType;
 
 const AttentionKernels& kernels(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa < kIsaCount && isa_present(isa), "this CPU does not have instruction set ",
-                  isa);
 #if defined(__x86_64__)
-  const AttentionKernels* table[] = {&kAttentionScalar, &kAttentionAvx2, &kAttentionAvx512, &kAttentionWide};
-  return *table[isa];
+  return kernels_of(isa, kAttentionScalar, kAttentionAvx2, kAttentionAvx512, kAttentionWide);
 #else
-  return kAttentionScalar;
+  return kernels_of(isa, kAttentionScalar, kAttentionScalar, kAttentionScalar, kAttentionScalar);
 #endif
-}
-
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
-  }
 }
 
 // A cache may be stored in less than q's dtype.

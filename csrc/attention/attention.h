@@ -1,14 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The attention ops as library.cpp registers them; the schemas are there.
 #pragma once
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
+#include "common/tensors.h"
 
 namespace fastattn {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // What is computed over: fields of Problem (fastattn/ops/attention/problem.py), dropout in 65,536ths.
 struct AttentionOptions {

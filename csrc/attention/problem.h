@@ -4,10 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace fastattn {
+#include "common/dtype.h"
 
-// The last two are of a cache of keys and values alone.
-enum class Dtype : int { kFloat32, kBFloat16, kFloat16, kInt8, kFloat8E4M3 };
+namespace fastattn {
 
 // [B, H, L, D] with a unit last stride; strides in elements.
 struct Rows {

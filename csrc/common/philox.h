@@ -2,7 +2,7 @@
 // Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) for dropout by
 // position.
 //
-// The layout, the same in every backend (fastattn/ops/attention/philox.py):
+// The layout, the same in every backend (fastattn/ops/philox.py):
 //   key      seed, low then high 32 bits
 //   counter  word 3 = batch, word 2 = query head, word 1 = query position,
 //            word 0 = 16 · (key position / 128) + lane, lane = key position mod 16
@@ -59,6 +59,19 @@ FASTATTN_INLINE void philox_group(uint64_t seed, uint32_t batch, uint32_t head, 
       *reinterpret_cast<vw_any*>(numbers + 32 * w + lane) = __builtin_convertvector(low, vw);
       *reinterpret_cast<vw_any*>(numbers + 32 * w + 16 + lane) = __builtin_convertvector(high, vw);
     }
+  }
+}
+
+// Calls f(c, kept) for each W columns of a row, kept a mask of lanes: batch 0, head 0, query `row`, keys the columns.
+template <class F>
+FASTATTN_INLINE void for_kept_in_row(uint64_t seed, int64_t row, int64_t columns, uint32_t drop_threshold,
+                                     const F& f) {
+  uint32_t numbers[kPhiloxGroup];
+  for (int64_t c = 0; c < columns; c += W) {
+    if (c % kPhiloxGroup == 0)
+      philox_group(seed, 0, 0, static_cast<uint32_t>(row), static_cast<uint32_t>(c / kPhiloxGroup), numbers);
+    const vu x = *reinterpret_cast<const vu_any*>(numbers + c % kPhiloxGroup);
+    f(c, reinterpret_cast<vi>(x >= vu{} + drop_threshold));
   }
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastattn.compiler.empty_rows import EmptyRows, EmptyRowsBias
 from fastattn.ops.attention import attention, sliding_window
 from fastattn.ops.attention.masks import Mask, as_mask
-from fastattn.ops.attention.weights import no_autocast
+from fastattn.ops.choice import no_autocast
 
 UNIFORM, UNIFORM_WITH_GRADIENT = 1, 2
 

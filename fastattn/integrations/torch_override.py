@@ -35,8 +35,9 @@ from torch._C import DispatchKey
 from torch.autograd import forward_ad
 
 from fastattn.integrations.torch_sdpa import arguments
-from fastattn.ops.attention import Explanation, attention, attention_backward, causal
+from fastattn.ops.attention import attention, attention_backward, causal
 from fastattn.ops.attention import explain as explain_attention
+from fastattn.ops.choice import Explanation
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"

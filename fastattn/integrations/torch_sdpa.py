@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention import Explanation, attention, causal
+from fastattn.ops.attention import attention, causal
 from fastattn.ops.attention import explain as explain_attention
 from fastattn.ops.attention.masks import Mask, as_mask
+from fastattn.ops.choice import Explanation
 
 
 def scaled_dot_product_attention(

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastattn.ops.attention import api
 from fastattn.ops.attention.biases import Alibi, Bias, ByDistance, RelativePosition, as_bias
 from fastattn.ops.attention.masks import Mask, as_mask
-from fastattn.ops.attention.philox import drop_threshold, dropout_keep
+from fastattn.ops.philox import drop_threshold, dropout_keep
 
 
 class Errors(NamedTuple):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.ops.attention.philox import drop_threshold, dropout_keep, philox
+from fastattn.ops.philox import drop_threshold, dropout_keep, philox
 from tests.attention.cases import ROUTES, device_of, interpreted, route
 
 

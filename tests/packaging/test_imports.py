@@ -60,6 +60,7 @@ def test_the_flop_counter_knows_the_ops_whichever_is_imported_first(counter_firs
 
 # The rooms of the package, and for each the rooms it may import from besides itself.
 MATHEMATICS = {
+    "ops.choice",
     "ops.constraints",
     "ops.masks",
     "ops.biases",
@@ -77,18 +78,31 @@ MAY_IMPORT = {
     "ops.masks": {"ops.constraints"},
     "ops.biases": {"ops.constraints", "ops.masks"},
     "ops.philox": set(),
+    "ops.choice": {"_backends"},
+    "ops.flops": set(),
+    "ops.explain": {"ops", "ops.choice"},
+    "ops.gpu": set(),
+    "ops.interpreter": set(),
+    "ops.measured": {"_backends"},
     "ops.merge": set(),
     "ops.problem": {"ops.constraints", "ops.masks", "ops.biases"},
     "ops.checks": {"ops.constraints", "ops.masks", "ops.biases"},
     "ops.weights": {"ops.masks", "ops.biases", "ops.philox"},
     "ops.statistics": {"ops.api", "ops.checks", *MATHEMATICS},
     "ops.reference": MATHEMATICS,
-    "ops.flops": set(),
     "ops.library": {"ops.flops", *MATHEMATICS},
-    "ops.cpu": {"_backends", "ops.library", *MATHEMATICS},
-    "ops.triton": {"_backends", "ops.library", *MATHEMATICS},
+    "ops.cpu": {"_backends", "ops.library", "ops.measured", *MATHEMATICS},
+    "ops.triton": {"_backends", "ops.gpu", "ops.interpreter", "ops.library", *MATHEMATICS},
     "ops.hopper": {"_backends", "ops.library", *MATHEMATICS},
-    "ops.api": {"_backends", "ops.checks", "ops.varlen", "ops.library", "ops.reference", *MATHEMATICS},
+    "ops.api": {
+        "_backends",
+        "ops.checks",
+        "ops.varlen",
+        "ops.library",
+        "ops.measured",
+        "ops.reference",
+        *MATHEMATICS,
+    },
     "ops.varlen": {"ops.api", *MATHEMATICS},
     "ops.float8": {"_backends", "ops.api", "ops.checks", "ops.library", "ops.reference", *MATHEMATICS},
     "ops.kv_cache": {
@@ -132,7 +146,10 @@ def room(module: str) -> str:
     if not parts:
         return "fastattn"
     if parts[0] == "ops":
-        return f"ops.{parts[2]}" if len(parts) > 2 else "ops"
+        if len(parts) > 2:
+            return f"ops.{parts[2]}"
+        # What operations share is a room of its own each; an operation's __init__ is that of all operations.
+        return f"ops.{parts[1]}" if len(parts) > 1 and MODULES[module].name != "__init__.py" else "ops"
     return parts[0]
 
 

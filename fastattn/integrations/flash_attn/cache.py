@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastattn.integrations.flash_attn.calls import Options, check_rank
 from fastattn.integrations.flash_attn.layouts import Dense, Layout, Padded, Sequences, require
-from fastattn.ops.attention import Explanation
 from fastattn.ops.attention.kv_cache import KVCache, attention_with_kv_cache, explain_with_kv_cache
+from fastattn.ops.choice import Explanation
 from fastattn.ops.rotary import rotary
 
 

@@ -16,7 +16,7 @@ from fastattn.integrations.flash_attn.packed import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from fastattn.ops.attention import Explanation
+from fastattn.ops.choice import Explanation
 
 _DENSE = (flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func)
 _VARLEN = (flash_attn_varlen_func, flash_attn_varlen_kvpacked_func, flash_attn_varlen_qkvpacked_func)

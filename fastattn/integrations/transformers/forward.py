@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.integrations.transformers.masks import CompactMask
-from fastattn.ops.attention import Explanation, attention, causal, documents, sliding_window
+from fastattn.ops.attention import attention, causal, documents, sliding_window
 from fastattn.ops.attention import explain as explain_attention
 from fastattn.ops.attention.masks import Mask, as_mask
+from fastattn.ops.choice import Explanation
 
 # Reach every attention function by way of the model's **kwargs, and do not concern it.
 _NOT_ATTENTION = frozenset(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastattn.integrations.xformers.structure import structure, tensor_of
-from fastattn.ops.attention import Explanation, attention, attention_backward, merge_attention
+from fastattn.ops.attention import attention, attention_backward, merge_attention
 from fastattn.ops.attention import explain as explain_attention
+from fastattn.ops.choice import Explanation
 
 
 def memory_efficient_attention(

@@ -1,6 +1,6 @@
 """Exact attention: `attention`, its masks and biases; packed sequences, caches, statistics, merged parts."""
 
-from fastattn.ops.attention.api import Explanation, attention, attention_backward, explain
+from fastattn.ops.attention.api import attention, attention_backward, explain
 from fastattn.ops.attention.biases import Bias, alibi, relative_position
 from fastattn.ops.attention.float8 import attention_float8
 from fastattn.ops.attention.kv_cache import (
@@ -26,7 +26,6 @@ from fastattn.ops.attention.varlen import varlen_attention
 __all__ = [
     "AttentionStatistics",
     "Bias",
-    "Explanation",
     "KVCache",
     "Mask",
     "Rotary",

@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from fastattn import _backends
+from fastattn.ops import choice
 from fastattn.ops.attention import library, reference
 from fastattn.ops.attention.biases import Bias, as_bias
-from fastattn.ops.attention.checks import check_inputs, check_options, check_saved, check_seed
+from fastattn.ops.attention.checks import check_inputs, check_options, check_saved
 from fastattn.ops.attention.masks import Mask, as_mask
 from fastattn.ops.attention.problem import resolve
-from fastattn.ops.attention.weights import no_autocast
-
-
-class Explanation(NamedTuple):
-    """What `fastattn.explain` found out.
-
-    Attributes:
-        backend: the backend that would run, or None where none can.
-        reasons: for every backend that would not run, why; a backend that could run but is not the best
-            says which one is taken before it.
-        isa: what the kernels that would run are compiled for: of the `cpu` backend the instruction set, of
-            `triton` the GPU's architecture (``"sm_90"``, ``"gfx942"``), or ``"interpreter"``.
-    """
-
-    backend: str | None
-    reasons: dict[str, list[str]]
-    isa: str | None = None
-
-    def __str__(self) -> str:
-        head = "none can run this" if self.backend is None else self.backend
-        lines = [f"backend: {head}" + (f" ({self.isa})" if self.isa else "")]
-        lines += [f"  not {name}: {'; '.join(why)}" for name, why in self.reasons.items()]
-        return "\n".join(lines)
 
 
 def attention(
@@ -143,14 +118,14 @@ def attention(
             return_lse=return_lse,
             backend=backend,
         )
-    q, k, v = _autocast(q, k, v)
+    q, k, v = choice.autocast(q, k, v)
     mask_, bias_ = as_mask(mask), as_bias(bias)
     check_inputs(q, k, v)
     check_options(q, k, mask_, bias_, softcap, sinks, dropout, q_start, k_start)
-    chosen = _choose(q, backend)
+    chosen = choice.choose(q, backend)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
-    seed = _as_seed(seed, dropout, q.device)
+    seed = choice.as_seed(seed, dropout, q.device)
     numbers = (float(scale), float(softcap or 0.0), float(dropout))
     # Dynamo takes no tensor twice as an input of an autograd function.
     if k is q:
@@ -160,7 +135,7 @@ def attention(
 
     if chosen == "reference":
         scale, cap, dropout = numbers
-        with no_autocast(q.device):
+        with choice.no_autocast(q.device):
             out, lse = reference.attention(
                 q, k, v, mask_, bias_, sinks, scale, cap, dropout, seed, q_start, k_start
             )
@@ -217,21 +192,21 @@ def attention_backward(
         torch.Size([1, 2, 5, 8])
     """
     if isinstance(q, Tensor) and isinstance(out, Tensor) and out.dtype != q.dtype:
-        q, k, v = _autocast(q, k, v)  # as forward has
+        q, k, v = choice.autocast(q, k, v)  # as forward has
     mask_, bias_ = as_mask(mask), as_bias(bias)
     check_inputs(q, k, v)
     check_options(q, k, mask_, bias_, softcap, None, dropout, q_start, k_start)
     check_saved(q, v, dout, dlse, out, lse)
     if dropout > 0 and seed is None:
         raise ValueError("seed: expected forward's, which decides what is dropped, got None")
-    chosen = _choose(q, backend)
+    chosen = choice.choose(q, backend)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
-    seed = _as_seed(seed, dropout, q.device)
+    seed = choice.as_seed(seed, dropout, q.device)
     numbers = (float(scale), float(softcap or 0.0), float(dropout))
     if chosen == "reference":
         scale, cap, dropout = numbers
-        with no_autocast(q.device):
+        with choice.no_autocast(q.device):
             return reference.backward(
                 dout, dlse, q, k, v, out, lse, mask_, bias_, scale, cap, dropout, seed, q_start, k_start
             )
@@ -257,7 +232,7 @@ def explain(
     k_start: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
-) -> Explanation:
+) -> choice.Explanation:
     """Which backend `attention` would run with the same arguments, and why the others would not.
 
     Args: those of `attention`. Nothing is computed.
@@ -274,82 +249,8 @@ def explain(
         >>> fastattn.explain(q, q, q).backend
         'reference'
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = choice.autocast(q, k, v)
     check_inputs(q, k, v)
     check_options(q, k, as_mask(mask), as_bias(bias), softcap, sinks, dropout, q_start, k_start)
-    check_seed(seed, q.device)
-    if backend is not None:
-        _check_name(backend)
-    reasons = {name: _unsupported(name, q, asked=name == backend) for name in _backends.NAMES}
-    if backend is not None:
-        chosen = None if reasons[backend] else backend
-        taken = f"backend={backend!r} was asked for"
-    else:
-        chosen = next((name for name in _backends.NAMES if not reasons[name]), None)
-        taken = f"{chosen} comes first"
-    why = {name: found or [taken] for name, found in reasons.items() if name != chosen}
-    isa = None
-    if chosen == "cpu":
-        isa = _backends.cpu_isa()
-    elif chosen == "triton":
-        isa = _backends.gpu_architecture(q.device)
-    return Explanation(chosen, why, isa)
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    device = q.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        # As torch's own autocast: only floating tensors, and not float64.
-        q, k, v = (
-            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v)
-        )
-    return q, k, v
-
-
-def _as_seed(seed: int | Tensor | None, dropout: float, device: torch.device) -> Tensor | None:
-    check_seed(seed, device)
-    if dropout == 0:
-        return None
-    if isinstance(seed, Tensor):
-        return seed.reshape(1)
-    if seed is None:
-        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
-
-
-def _check_name(backend: str) -> None:
-    if backend not in _backends.NAMES:
-        raise ValueError(f"backend: expected one of {list(_backends.NAMES)}, got {backend!r}")
-
-
-def _unsupported(backend: str, q: Tensor, *, asked: bool) -> list[str]:
-    """Every reason why `backend` can't do this, or does not where it was not `asked` for by name; the inputs
-    have passed `check_inputs`."""
-    if backend == "reference":
-        return []
-    reasons = []
-    device = q.device.type
-    if backend == "cpu" and device != "cpu":
-        reasons.append(f"expected tensors on cpu, got {q.device}")
-    if backend == "triton" and device not in (("cuda", "cpu") if asked else ("cuda",)):
-        hint = "" if asked or device != "cpu" else ", where its interpreter runs if asked for"
-        reasons.append(f"expected tensors on a GPU (cuda), got {q.device}{hint}")
-    if q.dtype == torch.float64:
-        reasons.append("expected float32, bfloat16 or float16, got torch.float64")
-    if not reasons:
-        reasons += _backends.unavailable(backend) if backend == "cpu" else _backends.unavailable_on(q.device)
-    return reasons
-
-
-def _choose(q: Tensor, backend: str | None) -> str:
-    if backend is not None:
-        _check_name(backend)
-        reasons = _unsupported(backend, q, asked=True)
-        if reasons:
-            raise NotImplementedError(f"backend={backend!r} can't run this: {'; '.join(reasons)}")
-        return backend
-    return next(name for name in _backends.NAMES if not _unsupported(name, q, asked=False))
+    choice.check_seed(seed, q.device)
+    return choice.explanation(q, backend)

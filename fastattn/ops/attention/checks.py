@@ -247,19 +247,3 @@ def check_broadcast(name: str, x: Tensor, full: tuple[int, ...], exact: int = 0)
     )
     if not fits:
         raise ValueError(f"{name}: expected a shape broadcastable to {list(full)}, got {list(x.shape)}")
-
-
-def check_seed(seed: object, device: torch.device) -> None:
-    """Raise unless it is an int in [0, 2^63), an int64 tensor [1] or None."""
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
-            raise ValueError(
-                f"seed: expected an int64 tensor [1] on {device}, "
-                f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
-            )
-    elif seed is not None:
-        if not isinstance(seed, (int, torch.SymInt)):
-            got = seed if isinstance(seed, float) else type(seed).__name__
-            raise TypeError(f"seed: expected an int or an int64 tensor, got {got}")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed: expected an int in [0, 2^63), got {seed}")

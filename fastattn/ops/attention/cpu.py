@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn import _backends
 from fastattn.ops.attention.library import new_gradients, new_heads_last
-from fastattn.ops.attention.philox import drop_threshold
+from fastattn.ops.philox import drop_threshold
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:

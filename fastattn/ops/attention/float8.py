@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from fastattn.ops import choice
 from fastattn.ops.attention import api
 from fastattn.ops.attention.biases import Bias, as_bias
 from fastattn.ops.attention.checks import check_inputs, check_options
 from fastattn.ops.attention.masks import Mask, as_mask
 from fastattn.ops.attention.problem import resolve
-from fastattn.ops.attention.weights import no_autocast
 
 
 def attention_float8(
@@ -83,7 +83,7 @@ def attention_float8(
             "fastattn.attention_float8 has no gradient: expected a call under torch.no_grad(), or nothing "
             "that requires one; fastattn.attention has every gradient"
         )
-    chosen = api._choose(like[0], backend)
+    chosen = choice.choose(like[0], backend)
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     if chosen == "triton":
         problem = resolve(
@@ -96,7 +96,7 @@ def attention_float8(
             x.to(torch.float32) if by is None else x.to(torch.float32) * by[..., None, None]
             for x, by in zip((q, k, v), scales, strict=True)
         ]
-        with no_autocast(q.device):
+        with choice.no_autocast(q.device):
             found = api.attention(
                 *wide,
                 mask=mask_,

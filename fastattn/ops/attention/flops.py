@@ -1,20 +1,9 @@
-"""What the ops cost, for `torch.utils.flop_counter`: told to it when it is imported, by whoever needs it.
-
-It imports triton where that is installed, a fifth of a second that `import fastattn` does not take.
-"""
+"""Floating-point operations of attention's ops, by the shapes of their arguments."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any, Final
-
-import torch
-
-_COUNTER: Final = "torch.utils.flop_counter"
 
 
 def _rectangle(passes: int, q_shape: Sequence[int], k_shape: Sequence[int], v_shape: Sequence[int]) -> int:
@@ -42,45 +31,9 @@ def _decode(
     return _rectangle(2, q, (q[0], k_cache[1], slots, k_cache[3]), (q[0], v_cache[1], slots, v_cache[3]))
 
 
-_FORMULAS: Final = {
+FORMULAS: Final[dict[str, Callable[..., int]]] = {
     "attention_forward": _forward,
     "attention_float8": _forward,
     "attention_backward": _backward,
-    "attention_decode": _decode,
 }
-
-
-def register(*ops: str) -> None:
-    """Make the formulas of these ops, which are defined, known: now, or when the counter is imported."""
-    if _COUNTER in sys.modules:
-        _register(sys.modules[_COUNTER], ops)
-    else:
-        sys.meta_path.insert(0, _WhenImported(ops))
-
-
-def _register(counter: ModuleType, ops: tuple[str, ...]) -> None:
-    for name in ops:
-        counter.register_flop_formula(getattr(torch.ops.fastattn, name))(_FORMULAS[name])
-
-
-class _WhenImported:
-    """Finds the counter's module as Python does, once, and registers formulas when it has run."""
-
-    def __init__(self, ops: tuple[str, ...]) -> None:
-        self.ops = ops
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != _COUNTER or self not in sys.meta_path:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def run_and_register(module: ModuleType) -> None:
-            run(module)
-            _register(module, self.ops)
-
-        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
+DECODE: Final[dict[str, Callable[..., int]]] = {"attention_decode": _decode}

@@ -15,7 +15,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention import flops
+from fastattn.ops import flops
+from fastattn.ops.attention.flops import FORMULAS
 
 # The fields of `Problem`, in its order.
 _PROBLEM = (
@@ -323,4 +324,4 @@ Attention.forward.__signature__ = _Positional(  # type: ignore[attr-defined]
     list(inspect.signature(Attention.forward).parameters.values())
 )
 
-flops.register("attention_forward", "attention_float8", "attention_backward")
+flops.register(FORMULAS)

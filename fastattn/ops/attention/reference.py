@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn.ops.attention.biases import Bias
 from fastattn.ops.attention.masks import Mask
-from fastattn.ops.attention.philox import drop_threshold, dropout_keep
+from fastattn.ops.philox import drop_threshold, dropout_keep
 
 
 def attention(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastattn.ops import choice
 from fastattn.ops.attention.biases import Bias, as_bias
 from fastattn.ops.attention.checks import check_inputs, check_options
 from fastattn.ops.attention.masks import Mask, as_mask
-from fastattn.ops.attention.weights import no_autocast
 
 # Probabilities in memory at a time: 4 MiB in float32, and at least one row of every head.
 _BLOCK: Final = 1 << 20
@@ -117,7 +117,7 @@ def attention_statistics(
     ) -> list[Tensor]:
         """The `wanted` of the rows at `index`, given theirs of q and of the dense bias."""
         compact = (part.of(x) for part, x in zip(bias.compact, parameters, strict=True))
-        with no_autocast(q.device):
+        with choice.no_autocast(q.device):
             scores = _scores(q, k, scale, softcap)
             documents = mask.documents if bias.compact else None
             added = Bias(dense, tuple(compact)).to_dense(**place, documents=documents, rows=index)  # type: ignore[arg-type]

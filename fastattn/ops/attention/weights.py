@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastattn.ops import choice
 from fastattn.ops.attention.biases import Bias, as_bias
 from fastattn.ops.attention.masks import Mask, as_mask
 
 # Heads whose matrices have fewer elements than this in all are averaged together.
 _TOGETHER: Final = 1 << 23
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, matrix products of float32 are float32's: autocast would round scores and probabilities."""
-    enabled = device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def attention_weights(
@@ -77,7 +71,7 @@ def attention_weights(
 
     def probabilities(q: Tensor, k: Tensor, lse: Tensor, keep: Tensor | None, bias: Bias) -> Tensor:
         """``[B, some heads, L_q, L_k]`` in float32 or wider."""
-        with no_autocast(q.device):
+        with choice.no_autocast(q.device):
             # The scores in lse's precision: rounded to half they would not add up to 1 against it.
             scores = torch.matmul(q.to(lse.dtype), k.to(lse.dtype).transpose(-1, -2)) * scale
         if softcap is not None:

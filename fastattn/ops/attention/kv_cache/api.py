@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.ops import choice
 from fastattn.ops.attention import api
 from fastattn.ops.attention.biases import Bias, as_bias
 from fastattn.ops.attention.checks import _readable as readable
@@ -93,7 +94,7 @@ def attention_with_kv_cache(
     scale, softcap = _number("scale", scale), _number("softcap", softcap)
     with torch.no_grad():
         step = _prepare(q, cache, k, v, rotary, mask, bias_, softcap, sinks)
-        chosen = api._choose(step.q, backend)
+        chosen = choice.choose(step.q, backend)
         if step.k is not None:
             torch.ops.fastattn.kv_cache_append(
                 cache.k, cache.v, step.k, step.v, step.lengths, *step.where, *step.scales
@@ -120,7 +121,7 @@ def explain_with_kv_cache(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
-) -> api.Explanation:
+) -> choice.Explanation:
     """Which backend `attention_with_kv_cache` would run with the same arguments, and why not the others.
 
     Args: those of `attention_with_kv_cache`. Nothing is computed and nothing written.
@@ -207,9 +208,9 @@ def _prepare(
     if (k is None) != (v is None):
         raise ValueError("k, v: expected both or neither, got one")
     if k is None or v is None:
-        q, _, _ = api._autocast(q, q, q)
+        q, _, _ = choice.autocast(q, q, q)
     else:
-        q, k, v = api._autocast(q, k, v)
+        q, k, v = choice.autocast(q, k, v)
     if q.dim() != 4:
         raise ValueError(f"q: expected 4 dimensions [batch, heads, length, head_dim], got {list(q.shape)}")
     check_cache(q, cache, k, v)

@@ -10,7 +10,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention import flops
+from fastattn.ops import flops
+from fastattn.ops.attention.flops import DECODE
 from fastattn.ops.attention.library import _PROBLEM as PROBLEM
 from fastattn.ops.attention.library import _kernels as kernels
 from fastattn.ops.attention.library import new_heads_last
@@ -275,4 +276,4 @@ def _fake_gradient(dout: Tensor, dlse: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-flops.register("attention_decode")
+flops.register(DECODE)

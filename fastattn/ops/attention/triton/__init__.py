@@ -1,6 +1,6 @@
 """Attention by Triton's kernels: NVIDIA's sm_80 and newer, and AMD; CPU tensors in Triton's interpreter."""
 
-from fastattn.ops.attention.triton.interpreter import interpreted, mend
+from fastattn.ops.interpreter import interpreted, mend
 
 if interpreted():
     mend()

@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.ops.attention.philox import drop_threshold
+from fastattn.ops.philox import drop_threshold
 
 # Keys and queries are fewer, so that a bound further away than this bounds nothing.
 _FAR = 2**30

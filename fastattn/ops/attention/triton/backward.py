@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.ops import gpu
 from fastattn.ops.attention.library import WANTED_QKV, new_gradients
 from fastattn.ops.attention.triton import launch
 from fastattn.ops.attention.triton.arguments import Place, Saved, as_arguments, band, rows, unit_last
@@ -59,12 +60,12 @@ def backward(
         return tuple(x.zero_() for x in grads)
     dout, q, k, v, out = (unit_last(x) for x in (dout, q, k, v, out))
     lse = lse.contiguous()
-    padded = launch.cdiv(q_length, PADDING.value) * PADDING.value
+    padded = gpu.cdiv(q_length, PADDING.value) * PADDING.value
     some = min(PADDING.value, _ELEMENTS // launch.width(v.shape[3]))
     log2_sum, delta = lse.new_empty((2, batch, heads, padded)).unbind()
     bounds = band(q_length, k.shape[2], given)
     saved = Saved(q, k, v, dout, log2_sum, delta, as_arguments(given), bounds, given[15])
-    with launch.on(q.device):
+    with gpu.on(q.device):
         _rows[(padded // some * batch * heads,)](
             rows(out),
             rows(dout),
@@ -108,7 +109,7 @@ def _keys_and_values(saved: Saved, dk: Tensor, dv: Tensor) -> None:
         tiles = list_tiles(options, bounds, batch, heads, lengths, sizes, of_keys=True)
     elif options.ranges is not None:
         tiles = bound_tiles(options, bounds, batch, lengths, sizes)
-    _dk_dv[(launch.cdiv(k_length, config.block_k) * batch * kv_heads,)](
+    _dk_dv[(gpu.cdiv(k_length, config.block_k) * batch * kv_heads,)](
         launch.streamed(q, config.block_q, tma),
         rows(k),
         rows(v),
@@ -142,7 +143,7 @@ def _queries(saved: Saved, dq: Tensor) -> None:
     if need_list(options):
         sizes = (config.block_q, config.block_k)
         tiles = list_tiles(options, bounds, batch, heads, (q_length, k_length), sizes)
-    _dq[(launch.cdiv(q_length, config.block_q) * batch * heads,)](
+    _dq[(gpu.cdiv(q_length, config.block_q) * batch * heads,)](
         rows(q),
         launch.streamed(k, config.block_k, tma),
         launch.streamed(v, config.block_k, tma),

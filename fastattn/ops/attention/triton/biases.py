@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.ops import gpu
 from fastattn.ops.attention.triton import launch
 from fastattn.ops.attention.triton.arguments import Place, Saved, rows
 from fastattn.ops.attention.triton.tile import gradient_of_scores, kept, load_rows, padded_row
@@ -19,7 +20,7 @@ def bias_gradient(saved: Saved, dbias: Tensor) -> None:
     config = launch.config("bias", q, v, options, bounds != (None, None))
     whole = (batch, heads, q_length, k_length)
     over = [size == 1 and full != 1 for size, full in zip(dbias.shape, whole, strict=True)]
-    counts = (batch, heads, launch.cdiv(q_length, config.block_q), launch.cdiv(k_length, config.block_k))
+    counts = (batch, heads, gpu.cdiv(q_length, config.block_q), gpu.cdiv(k_length, config.block_k))
     summed = [count if some else 1 for count, some in zip(counts, over, strict=True)]
     own = [1 if some else count for count, some in zip(counts, over, strict=True)]
     items = summed[0] * summed[1] * summed[2] * summed[3]
@@ -38,7 +39,7 @@ def bias_gradient(saved: Saved, dbias: Tensor) -> None:
         heads // k.shape[1],
         *own[1:],
         *summed,
-        launch.cdiv(items, splits),
+        gpu.cdiv(items, splits),
         q_length,
         k_length,
         *bounds,
@@ -193,12 +194,12 @@ def relative_gradient(saved: Saved, drelative: Tensor) -> None:
     q, k, v, dout, log2_sum, delta, options, bounds, scale = saved
     (batch, heads, q_length, _), k_length = q.shape, k.shape[2]
     config = launch.config("relative", q, v, options, bounds != (None, None))
-    keys = launch.power_of_two(config.block_q + config.block_k - 1)
+    keys = gpu.power_of_two(config.block_q + config.block_k - 1)
     own_batches, own_heads, size = drelative.shape
-    of_queries = launch.cdiv(q_length, config.block_q)
+    of_queries = gpu.cdiv(q_length, config.block_q)
     summed = (batch // own_batches, heads // own_heads, of_queries)
     items = summed[0] * summed[1] * summed[2]
-    tiles = launch.cdiv(size, config.block_k)
+    tiles = gpu.cdiv(size, config.block_k)
     splits = launch.parts(q.device, tiles * own_batches * own_heads, items)
     partial = drelative if splits == 1 else drelative.new_empty((splits, *drelative.shape))
     _drelative[(own_batches * own_heads * tiles, splits)](
@@ -215,7 +216,7 @@ def relative_gradient(saved: Saved, drelative: Tensor) -> None:
         own_heads,
         size,
         *summed,
-        launch.cdiv(items, splits),
+        gpu.cdiv(items, splits),
         q_length,
         k_length,
         *bounds,

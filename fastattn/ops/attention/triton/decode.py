@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.ops import gpu
 from fastattn.ops.attention.library import new_heads_last
 from fastattn.ops.attention.triton import launch
 from fastattn.ops.attention.triton.arguments import (
@@ -55,14 +56,14 @@ def decode(
     q, k, v = unit_last(q), unit_last(k), unit_last(v)
     options, bounds = as_arguments(problem), band(q_length, k_length, problem)
     config = launch.config("decode", q, v, options, bounds != (None, None))
-    queries = max(16, launch.power_of_two(heads // kv_heads * q_length))
+    queries = max(16, gpu.power_of_two(heads // kv_heads * q_length))
     config = config._replace(block_q=queries)
-    most = min(_MOST_SPLITS, launch.cdiv(k_length, _LEAST))
+    most = min(_MOST_SPLITS, gpu.cdiv(k_length, _LEAST))
     # Not of the batch, so that a sequence's result does not depend on what else is in it.
     splits = launch.parts(q.device, kv_heads, max(most, 1))
     partial = torch.empty((splits, batch, heads, q_length, v_dim), dtype=torch.float32, device=q.device)
     partial_lse = partial.new_empty((splits, batch, heads, q_length))
-    with launch.on(q.device):
+    with gpu.on(q.device):
         _decode[(batch * kv_heads, splits)](
             rows(q),
             rows(_stored(k)),
@@ -94,8 +95,8 @@ def decode(
             splits,
             V_DIM=v_dim,
             V_WIDTH=launch.width(v_dim),
-            SPLITS=launch.power_of_two(splits),
-            SOME=min(launch.power_of_two(splits), _ELEMENTS // launch.width(v_dim)),
+            SPLITS=gpu.power_of_two(splits),
+            SOME=min(gpu.power_of_two(splits), _ELEMENTS // launch.width(v_dim)),
             num_warps=4,
         )
     return out, lse

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.ops import gpu
 from fastattn.ops.attention.library import new_heads_last
 from fastattn.ops.attention.triton import launch
 from fastattn.ops.attention.triton.arguments import Place, Scales, as_arguments, band, rows, sinks, unit_last
@@ -72,12 +73,12 @@ def _attention(
     options, bounds = as_arguments(problem), band(q_length, k_length, problem)
     config = launch.config("forward", q, v, options, bounds != (None, None))
     tma = launch.by_tma(k, v)
-    with launch.on(q.device):
+    with gpu.on(q.device):
         tiles = Tiles()
         if need_list(options):
             sizes = (config.block_q, config.block_k)
             tiles = list_tiles(options, bounds, batch, heads, (q_length, k_length), sizes)
-        _forward[(launch.cdiv(q_length, config.block_q) * batch * heads,)](
+        _forward[(gpu.cdiv(q_length, config.block_q) * batch * heads,)](
             rows(q),
             launch.streamed(k, config.block_k, tma),
             launch.streamed(v, config.block_k, tma),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Final
 
@@ -13,24 +12,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.ops.attention.triton import tuning
 from fastattn.ops.attention.triton.arguments import Problem, Rows, Shape, rows
+from fastattn.ops.gpu import power_of_two
 
 # Of an L2 cache whose size is not known: an H100's.
 _CACHE: Final = 50 << 20
 
 
-def power_of_two(n: int) -> int:
-    """The least power of two that is not below n >= 1."""
-    return 1 << (n - 1).bit_length()
-
-
 def width(dim: int) -> int:
     """`dim` padded to what tensor cores take."""
     return max(16, power_of_two(dim))
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up; `triton.cdiv` takes 10 us."""
-    return -(-a // b)
 
 
 def config(kernel: str, q: Tensor, v: Tensor, problem: Problem, banded: bool) -> tuning.Config:
@@ -42,13 +32,6 @@ def config(kernel: str, q: Tensor, v: Tensor, problem: Problem, banded: bool) ->
 def options(config: tuning.Config) -> dict[str, Any]:
     """What Triton compiles with, beside what the kernel is given."""
     return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device: make it `device`."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 def by_tma(*tensors: Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.ops.attention.triton import launch
+from fastattn.ops import gpu
 from fastattn.ops.attention.triton.arguments import Band, Place, Problem
 from fastattn.ops.attention.triton.tile import pair_of, seen
 from fastattn.ops.attention.triton.walk import through_keys
@@ -61,7 +61,7 @@ def list_tiles(
     by_batch = any((problem.ranges_batch, problem.blocks_batch, problem.mask_batch))
     by_head = any((problem.blocks_head, problem.mask_head))
     lists = (batch if by_batch else 1, heads if by_head else 1)
-    of_queries, others = (launch.cdiv(length, size) for length, size in zip(lengths, sizes, strict=True))
+    of_queries, others = (gpu.cdiv(length, size) for length, size in zip(lengths, sizes, strict=True))
     tiles, others = (others, of_queries) if of_keys else (of_queries, others)
     given = next(x for x in (problem.ranges, problem.blocks, problem.mask) if x is not None)
     # Each by itself, so that all are aligned.
@@ -164,7 +164,7 @@ def bound_tiles(
 ) -> Tiles:
     """The bounds of each tile of keys, for `lengths` queries and keys in tiles of `sizes`; linear in them."""
     batch = batch if problem.ranges_batch else 1
-    of_queries, of_keys = (launch.cdiv(length, size) for length, size in zip(lengths, sizes, strict=True))
+    of_queries, of_keys = (gpu.cdiv(length, size) for length, size in zip(lengths, sizes, strict=True))
     spans = problem.ranges.new_empty((batch, of_queries, 4))
     bounds = problem.ranges.new_empty((batch, of_keys, 4))
     if spans.numel() > 0 and bounds.numel() > 0:

@@ -1,0 +1,5 @@
+"""The linear layer."""
+
+from fastattn.ops.linear.api import linear
+
+__all__ = ["linear"]
