@@ -25,7 +25,8 @@ STABLE_TORCH_LIBRARY(fastattn_cpu, m) {
       "gemm(Tensor a, Tensor b, Tensor? bias, int epilogue, int activation, Tensor(a!)? u, Tensor? gate, "
       "Tensor(b!)? h, Tensor(c!)? d, int isa, Tensor(d!) c) -> ()");
   m.def(
-      "dropout_add(Tensor x, Tensor? residual, Tensor? seed, int drop_threshold, int isa, Tensor(a!) out) -> ()");
+      "dropout_add(Tensor x, Tensor? residual, Tensor? seed, int drop_threshold, int isa, Tensor(a!) out) -> "
+      "()");
   m.def("isa_present() -> int");
   m.def("fma_loop(int steps, int isa) -> float");
 }

@@ -37,6 +37,7 @@ from fastattn.ops.attention import (
 )
 from fastattn.ops.choice import Explanation
 from fastattn.ops.explain import explain
+from fastattn.ops.linear import linear
 from fastattn.ops.rotary import rotary
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ __all__ = [
     "explain",
     "explain_with_kv_cache",
     "key_padding",
+    "linear",
     "merge_attention",
     "optimize",
     "prefix",

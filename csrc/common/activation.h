@@ -5,8 +5,15 @@
 
 namespace fastattn {
 
-// Ids as in fastattn/ops/mlp/activations.py.
-enum class Activation : int64_t { kGelu = 0, kGeluTanh = 1, kSilu = 2, kRelu = 3, kReluSquared = 4, kCount = 5 };
+// Ids as in fastattn/ops/activations.py.
+enum class Activation : int64_t {
+  kGelu = 0,
+  kGeluTanh = 1,
+  kSilu = 2,
+  kRelu = 3,
+  kReluSquared = 4,
+  kCount = 5
+};
 
 }  // namespace fastattn
 
@@ -28,8 +35,8 @@ FASTATTN_INLINE Activated gate_by_sigmoid(vf x, vf z, vf z_slope) {
   return {x * s, s + x * s * (1.0f - s) * z_slope};
 }
 
-// x · Φ(x), Φ the normal distribution: of |x| its upper tail is φ(x) · P(t), t = 1 / (1 + p |x|), of absolute error
-// 7.5e-8 (Abramowitz & Stegun, 26.2.17).
+// x · Φ(x), Φ the normal distribution: of |x| its upper tail is φ(x) · P(t), t = 1 / (1 + p |x|), of absolute
+// error 7.5e-8 (Abramowitz & Stegun, 26.2.17).
 FASTATTN_INLINE Activated gelu(vf x) {
   const vf size = x < 0.0f ? -x : x;
   const vf density = exp(x * x * -0.5f) * 0.398942280f;

@@ -62,7 +62,8 @@ FASTATTN_INLINE void philox_group(uint64_t seed, uint32_t batch, uint32_t head, 
   }
 }
 
-// Calls f(c, kept) for each W columns of a row, kept a mask of lanes: batch 0, head 0, query `row`, keys the columns.
+// Calls f(c, kept) for each W columns of a row, kept a mask of lanes: batch 0, head 0, query `row`, keys the
+// columns.
 template <class F>
 FASTATTN_INLINE void for_kept_in_row(uint64_t seed, int64_t row, int64_t columns, uint32_t drop_threshold,
                                      const F& f) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// C = epilogue(A · B): blocks of B packed for all threads, blocks of A packed by each, tiles of C in registers.
+// C = epilogue(A · B): blocks of B packed for all threads, blocks of A packed by each, tiles of C in
+// registers.
 #include "common/activation.h"
 #include "common/gemm.h"
 #include "linear/problem.h"
@@ -7,8 +8,9 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kRowBlock = (84 + ROWS - 1) / ROWS * ROWS;  // with kDepthBlock 260 kB of A, in the second-level cache
-constexpr int64_t kDepthBlock = 768;               // a panel of B of that depth is 48 kB on AVX2
+constexpr int64_t kRowBlock =
+    (84 + ROWS - 1) / ROWS * ROWS;    // with kDepthBlock 260 kB of A, in the second-level cache
+constexpr int64_t kDepthBlock = 768;  // a panel of B of that depth is 48 kB on AVX2
 constexpr int64_t kPackedFloats = int64_t{2} << 20;
 
 FASTATTN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -58,7 +60,8 @@ void pack(const GemmProblem& p, const GemmBlocks& x, int64_t j0, int64_t k0, int
   });
 }
 
-// Tiles of A whose rows lie in memory one behind the other: out[count / ROWS][depth][ROWS], rows of zeros behind.
+// Tiles of A whose rows lie in memory one behind the other: out[count / ROWS][depth][ROWS], rows of zeros
+// behind.
 template <class T>
 void pack_columns(const T* a, int64_t stride, int64_t count, int64_t depth, float* out) {
   static_assert(ROWS <= 2 * W);

@@ -21,14 +21,14 @@ const GemmKernels& kernels(int64_t isa) {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Matrix matrix(const char* name, const Tensor& x, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.is_cpu() && x.size(0) == rows && x.size(1) == columns, name, ": expected [",
-                  rows, ", ", columns, "] on cpu");
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_cpu() && x.size(0) == rows && x.size(1) == columns, name,
+                  ": expected [", rows, ", ", columns, "] on cpu");
   // The stride of a dimension of size 1 is of no account.
   Matrix m{x.data_ptr(), dtype_of(x), x.stride(0), x.stride(1)};
   if (columns == 1 && m.row != 1) m.column = 1;
   if (rows == 1 && m.column != 1) m.row = 1;
-  STD_TORCH_CHECK(m.row == 1 || m.column == 1 || x.numel() == 0, name, ": expected a stride of 1, got ", m.row,
-                  " and ", m.column);
+  STD_TORCH_CHECK(m.row == 1 || m.column == 1 || x.numel() == 0, name, ": expected a stride of 1, got ",
+                  m.row, " and ", m.column);
   return m;
 }
 
@@ -36,7 +36,8 @@ Matrix matrix(const char* name, const Tensor& x, int64_t rows, int64_t columns) 
 Matrix like_c(const char* name, const Tensor& x, const Tensor& c) {
   const Matrix m = matrix(name, x, c.size(0), c.size(1));
   STD_TORCH_CHECK(m.dtype == dtype_of(c), name, ": expected the dtype of c");
-  STD_TORCH_CHECK(m.column == 1 || x.size(1) == 1 || x.numel() == 0, name, ": expected rows with a unit stride");
+  STD_TORCH_CHECK(m.column == 1 || x.size(1) == 1 || x.numel() == 0, name,
+                  ": expected rows with a unit stride");
   return {m.data, m.dtype, m.row, 1};
 }
 Matrix like_c(const char* name, const OptionalTensor& x, const Tensor& c) {
@@ -46,8 +47,8 @@ Matrix like_c(const char* name, const OptionalTensor& x, const Tensor& c) {
 }  // namespace
 
 void gemm(const Tensor& a, const Tensor& b, const OptionalTensor& bias, int64_t epilogue, int64_t activation,
-          const OptionalTensor& u, const OptionalTensor& gate, const OptionalTensor& h, const OptionalTensor& d,
-          int64_t isa, const Tensor& c) {
+          const OptionalTensor& u, const OptionalTensor& gate, const OptionalTensor& h,
+          const OptionalTensor& d, int64_t isa, const Tensor& c) {
   GemmProblem p{};
   STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && c.dim() == 2, "expected matrices");
   p.m = a.size(0), p.k = a.size(1), p.n = b.size(1);
@@ -55,9 +56,9 @@ void gemm(const Tensor& a, const Tensor& b, const OptionalTensor& bias, int64_t 
   STD_TORCH_CHECK(c.size(0) == p.m && c.size(1) == p.n, "c: expected [", p.m, ", ", p.n, "]");
   p.c = like_c("c", c, c);
   if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == p.n && bias->is_cpu() &&
-                        (bias->stride(0) == 1 || p.n <= 1),
-                    "bias: expected contiguous [", p.n, "] on cpu");
+    STD_TORCH_CHECK(
+        bias->dim() == 1 && bias->size(0) == p.n && bias->is_cpu() && (bias->stride(0) == 1 || p.n <= 1),
+        "bias: expected contiguous [", p.n, "] on cpu");
     p.bias = {bias->data_ptr(), dtype_of(*bias), 0, 1};
   }
   STD_TORCH_CHECK(epilogue >= 0 && epilogue < static_cast<int64_t>(Epilogue::kCount), "epilogue: unknown");
@@ -89,9 +90,8 @@ void gemm(const Tensor& a, const Tensor& b, const OptionalTensor& bias, int64_t 
     const int64_t columns = x.n_block < p.n - j0 ? x.n_block : p.n - j0;
     // A depth of 0 still makes a C of zeros, or of the bias.
     for (int64_t k0 = 0; k0 < p.k || k0 == 0; k0 += x.k_block) {
-      run_tasks(ceil_div(columns, kernel.panel), 0, [&](int64_t i, void*) {
-        kernel.pack(p, x, j0, k0, i * kernel.panel, packed);
-      });
+      run_tasks(ceil_div(columns, kernel.panel), 0,
+                [&](int64_t i, void*) { kernel.pack(p, x, j0, k0, i * kernel.panel, packed); });
       const int64_t column_tasks = ceil_div(columns, x.n_task);
       run_tasks(row_blocks * column_tasks, x.scratch_bytes, [&](int64_t i, void* scratch) {
         kernel.multiply(p, x, i / column_tasks * x.m_block, j0, i % column_tasks * x.n_task, k0, packed, sums,
@@ -106,7 +106,8 @@ void dropout_add(const Tensor& x, const OptionalTensor& residual, const Optional
   DropoutProblem p{};
   STD_TORCH_CHECK(x.dim() == 2, "x: expected a matrix");
   p.rows = x.size(0), p.columns = x.size(1);
-  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == p.rows && out.size(1) == p.columns, "out: expected x's shape");
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == p.rows && out.size(1) == p.columns,
+                  "out: expected x's shape");
   p.x = like_c("x", x, out), p.out = like_c("out", out, out), p.residual = like_c("residual", residual, out);
   STD_TORCH_CHECK(drop_threshold >= 0 && drop_threshold < 65536, "drop_threshold: expected 0 to 65535");
   p.drop_threshold = static_cast<uint32_t>(drop_threshold);

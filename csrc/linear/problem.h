@@ -17,20 +17,20 @@ struct Matrix {
 
 // What becomes of S = A · B + bias when it is complete. Ids as in fastattn/ops/linear/cpu.py.
 enum class Epilogue : int64_t {
-  kStore = 0,        // C = S
-  kAdd = 1,          // C = C + S, C of float32
-  kActivate = 2,     // U = S where U is given, C = f(S)
-  kGate = 3,         // U = S where U is given, C = f(G) · S, G given
-  kSlope = 4,        // C = S · f'(U), H = f(U) where H is given
-  kGateSlope = 5,    // C = S · f(G), D = S · U · f'(G), H = f(G) · U where H is given
+  kStore = 0,      // C = S
+  kAdd = 1,        // C = C + S, C of float32
+  kActivate = 2,   // U = S where U is given, C = f(S)
+  kGate = 3,       // U = S where U is given, C = f(G) · S, G given
+  kSlope = 4,      // C = S · f'(U), H = f(U) where H is given
+  kGateSlope = 5,  // C = S · f(G), D = S · U · f'(G), H = f(G) · U where H is given
   kCount = 6,
 };
 
 struct GemmProblem {
   int64_t m, n, k;
-  Matrix a, b;     // [m][k], [k][n]
-  Matrix c;        // [m][n]; of it and the following the column stride is 1
-  Matrix bias;     // [n], its stride is `column`
+  Matrix a, b;  // [m][k], [k][n]
+  Matrix c;     // [m][n]; of it and the following the column stride is 1
+  Matrix bias;  // [n], its stride is `column`
   Epilogue epilogue;
   int64_t activation;
   Matrix u, gate;  // [m][n]: S and G above

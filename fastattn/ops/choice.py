@@ -88,7 +88,7 @@ class Against(NamedTuple):
 
 def choose(
     x: Tensor,
-    backend: str | None,
+    backend: str | _Question | None,
     against: Sequence[Against] = (),
     notes: Callable[[], tuple[str, ...]] = tuple,
 ) -> str:
@@ -104,7 +104,7 @@ def choose(
         ValueError: there is no such backend.
         NotImplementedError: the one asked for can't run this; with every reason.
     """
-    if isinstance(backend, _Question):
+    if isinstance(backend, _Question):  # `explain` asks
         found = explanation(x, backend.asked, against)
         raise _Answer(found if found.backend in (None, "reference") else found._replace(notes=notes()))
     if backend is not None:

@@ -7,6 +7,7 @@ same dtype is wrong by, both against float64, plus a rounding band.
 from fastattn.testing.budget import Errors, assert_within_budget, attention_errors
 from fastattn.testing.cases import BIASES, FEATURES, MASKS, OTHERS, Sizes, go_together, options_of, sizes_for
 from fastattn.testing.isa import force_isa, present_isas
+from fastattn.testing.operations import operation_errors
 from fastattn.testing.poison import poisoned_memory
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "attention_errors",
     "force_isa",
     "go_together",
+    "operation_errors",
     "options_of",
     "poisoned_memory",
     "present_isas",

@@ -103,9 +103,9 @@ def attention_errors(
     plain = results(_textbook, False, seed=seed)
     exact = results(_textbook, True, seed=seed)
     names = ["out", "lse", *("d" + name for name in inputs)]
-    lse = _size(exact[1])
+    lse = size(exact[1])
     return [
-        Errors(name, _distance(a, c), _distance(b, c), _size(c), a.dtype, lse)
+        Errors(name, distance(a, c), distance(b, c), size(c), a.dtype, lse)
         for name, a, b, c in zip(names, ours, plain, exact, strict=True)
     ]
 
@@ -178,13 +178,14 @@ def _textbook(
     return probs @ v, lse
 
 
-def _distance(found: Tensor, exact: Tensor) -> float:
+def distance(found: Tensor, exact: Tensor) -> float:
     """Largest |found - exact|; infinities must agree, NaN is infinitely far."""
     found = found.double()
     apart = torch.where(found == exact, 0.0, (found - exact).abs()).nan_to_num(nan=math.inf)
     return float(apart.max()) if apart.numel() else 0.0
 
 
-def _size(exact: Tensor) -> float:
+def size(exact: Tensor) -> float:
+    """Largest finite |exact|."""
     finite = exact[exact.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0

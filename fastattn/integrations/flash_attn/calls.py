@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastattn.integrations.flash_attn.layouts import Dense, Layout, Packed, Padded, Sequences
 from fastattn.ops.attention import (
-    Explanation,
     Mask,
     alibi,
     attention,
@@ -19,6 +18,7 @@ from fastattn.ops.attention import (
     explain,
     sliding_window,
 )
+from fastattn.ops.choice import Explanation
 
 # Columns of the probabilities computed at a time: the widest v that attention takes.
 _COLUMNS: Final = 512

@@ -6,6 +6,7 @@ import importlib
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.ops import flops
@@ -60,8 +61,6 @@ def _fake_backward(
 class Linear(torch.autograd.Function):
     """Gradient of `fastattn::linear_forward`; x is ``[M, in_features]``."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
         return torch.ops.fastattn.linear_forward(x, weight, bias, backend)  # type: ignore[no-any-return]
@@ -77,6 +76,16 @@ class Linear(torch.autograd.Function):
         wanted = sum(bit for bit, need in zip((1, 2, 4), ctx.needs_input_grad, strict=False) if need)
         grads = Gradient.apply(dout, x, weight, wanted, ctx.backend)
         return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        """One product of all samples where they share the weight; else torch's batched one."""
+        x, weight, bias, backend = inputs
+        if in_dims[0] is None or in_dims[1] is not None or in_dims[2] is not None:
+            return torch.func.vmap(F.linear, in_dims[:3])(x, weight, bias), 0
+        x = x.movedim(in_dims[0], 0)
+        out: Tensor = Linear.apply(x.flatten(0, 1), weight, bias, backend)
+        return out.unflatten(0, x.shape[:2]), 0
 
 
 class Gradient(torch.autograd.Function):
