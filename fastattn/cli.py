@@ -1,4 +1,4 @@
-"""The command `fastattn`: `env`, `train`, `compare`, `explain-model`, `gpu-check`, `tune`, `bench`.
+"""The command `fastattn`, and its subcommands.
 
 A subcommand's module is imported when it is chosen, so that `fastattn env` needs torch alone. Such a module
 has `add_arguments(parser)` and `run(args) -> int`.
@@ -31,6 +31,7 @@ _COMMANDS: Final = {
     "gpu-check": "check on this machine's GPU that fastattn is right, and how fast it is",
     "explain-model": "tell which attentions of a model the compiler pass replaces, and why not the others",
     "compare": "train with the standard attention and with ours, side by side",
+    "longcontext": "find the longest context that trains GPT-2 within a memory budget",
     "tune": "find block sizes for the GPU at hand, and write them to the tuning table",
     "bench": "run the benchmarks of a source checkout; further arguments go to pytest",
 }
@@ -94,6 +95,8 @@ def _parse(argv: list[str], chosen: str | None) -> tuple[argparse.Namespace, lis
         subparsers["env"].set_defaults(run=lambda args, rest: _print_environment(args.json))
     elif chosen == "train":
         _add(subparsers["train"], "fastattn.gpt2.train")
+    elif chosen == "longcontext":
+        _add(subparsers["longcontext"], "fastattn.gpt2.longcontext")
     elif chosen == "tune":
         _add(subparsers["tune"], "fastattn.tune")
     elif chosen == "explain-model":

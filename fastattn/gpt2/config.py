@@ -16,10 +16,16 @@ _SUPPORTED: Final[dict[str, tuple[object, ...]]] = {
     "tie_word_embeddings": (True,),
 }
 
+_ROTARY: Final = "fastattn-gpt2-rotary"
+
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Sizes and dropout; the defaults are GPT-2 124M's, the names those of transformers' `config.json`."""
+    """Sizes and dropout; the defaults are GPT-2 124M's, the names those of transformers' `config.json`.
+
+    `positions` is ours: "learned" for GPT-2's own table of `n_positions` rows, or "rotary" for queries and
+    keys that are turned instead (Su et al., "RoFormer", 2021), which is no GPT-2 to transformers.
+    """
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -32,6 +38,7 @@ class GPT2Config:
     attn_pdrop: float = 0.1
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
+    positions: str = "learned"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
@@ -42,6 +49,10 @@ class GPT2Config:
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {getattr(self, name)}")
+        if self.positions not in ("learned", "rotary"):
+            raise ValueError(f"positions: expected 'learned' or 'rotary', got {self.positions!r}")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(f"positions: expected an even head_dim with 'rotary', got {self.head_dim}")
 
     @property
     def head_dim(self) -> int:
@@ -106,19 +117,23 @@ def read_config(path: Path) -> GPT2Config:
         NotImplementedError: an option that changes the mathematics and is not in `model.py`.
     """
     given: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if given.get("model_type") != "gpt2":
-        raise ValueError(f"{path}: expected model_type 'gpt2', got {given.get('model_type')!r}")
+    kind = given.get("model_type")
+    if kind not in ("gpt2", _ROTARY):
+        raise ValueError(f"{path}: expected model_type 'gpt2', got {kind!r}")
     for option, supported in _SUPPORTED.items():
         if given.get(option, supported[0]) not in supported:
             raise NotImplementedError(
                 f"{path}: expected {option} in {list(supported)}, got {given[option]!r}"
             )
-    return GPT2Config(**{name.name: given[name.name] for name in fields(GPT2Config) if name.name in given})
+    known = {option.name: given[option.name] for option in fields(GPT2Config) if option.name in given}
+    return GPT2Config(**known | {"positions": "rotary" if kind == _ROTARY else "learned"})
 
 
 def write_config(config: GPT2Config, path: Path, end_of_text: int | None = None) -> None:
-    """`config.json` as transformers reads it."""
+    """`config.json` as transformers reads it; with rotary positions under a name that it does not know."""
     content = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **asdict(config)}
+    if content.pop("positions") == "rotary":
+        content |= {"model_type": _ROTARY, "architectures": ["GPT2"]}
     content |= {option: supported[0] for option, supported in _SUPPORTED.items()}
     content |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "dtype": "float32"}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

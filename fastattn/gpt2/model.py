@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from fastattn.gpt2.config import GPT2Config
 from fastattn.ops.attention import attention as tiled_attention
 from fastattn.ops.attention import causal
+from fastattn.ops.rotary import rotary
 
 AttentionKind = Literal["standard", "sdpa", "fastattn"]
+Angles = tuple[Tensor, Tensor]  # cosines and sines [L, head_dim / 2] of rotary positions
+_ROTARY_BASE: Final = 10_000.0
 
 
 @dataclass
@@ -55,6 +58,14 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
 
 
+def _angles(length: int, head_dim: int) -> Angles:
+    """Of positions 0 to ``length - 1``: the frequencies fall geometrically from 1 to nearly 1 / base."""
+    # On the CPU even where the weights are made on the meta device: no checkpoint holds the tables.
+    frequency = _ROTARY_BASE ** (-torch.arange(0, head_dim, 2, device="cpu") / head_dim)
+    angle = torch.arange(length, device="cpu")[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
 class Attention(nn.Module):
     """Causal self-attention behind one packed projection, computed as `kind` says."""
 
@@ -65,8 +76,10 @@ class Attention(nn.Module):
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, angles: Angles | None = None) -> Tensor:
         q, k, v = rearrange(self.c_attn(x), "b l (qkv h d) -> qkv b h l d", qkv=3, h=self.n_head).unbind(0)
+        if angles is not None:
+            q, k = rotary(q, *angles), rotary(k, *angles)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         dropout = self.attn_pdrop if self.training else 0.0
@@ -120,8 +133,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, cache: KVCache | None = None, angles: Angles | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, angles)
         out: Tensor = x + self.mlp(self.ln_2(x))
         return out
 
@@ -132,25 +145,37 @@ class Transformer(nn.Module):
     def __init__(self, config: GPT2Config, kind: AttentionKind) -> None:
         super().__init__()
         self.gradient_checkpointing = False
+        self.cos: Tensor
+        self.sin: Tensor
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.n_positions = config.n_positions
+        self.wpe = None if config.positions == "rotary" else nn.Embedding(config.n_positions, config.n_embd)
+        if self.wpe is None:
+            cos, sin = _angles(config.n_positions, config.head_dim)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, layer, kind) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         past = 0 if cache is None else cache.length
-        end, most = past + ids.shape[1], self.wpe.num_embeddings
+        end, most = past + ids.shape[1], self.n_positions
         if end > most:
             raise ValueError(f"ids: expected at most n_positions {most} tokens, got {end}")
         if cache is not None and end > cache.capacity:
             raise ValueError(f"ids: expected at most the cache's {cache.capacity} tokens, got {end}")
-        x = self.drop(self.wte(ids) + self.wpe(torch.arange(past, end, device=ids.device)))
+        x, angles = self.wte(ids), None
+        if self.wpe is None:
+            angles = self.cos[past:end], self.sin[past:end]
+        else:
+            x = x + self.wpe(torch.arange(past, end, device=ids.device))
+        x = self.drop(x)
         for block in self.h:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, cache, use_reentrant=False)
+                x = checkpoint(block, x, cache, angles, use_reentrant=False)
             else:
-                x = block(x, cache)
+                x = block(x, cache, angles)
         if cache is not None:
             cache.length = end
         hidden: Tensor = self.ln_f(x)

@@ -52,9 +52,9 @@ def flops_per_token(model: GPT2, context: int) -> float:
     Six for each weight of a matrix product (two forward, four backward), and for each layer's two products
     of attention 6 · context · n_embd.
     """
-    weights = (
-        sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.transformer.wpe.weight.numel()
-    )
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    if model.transformer.wpe is not None:
+        weights -= model.transformer.wpe.weight.numel()
     return 6.0 * weights + 6.0 * model.config.n_layer * context * model.config.n_embd
 
 

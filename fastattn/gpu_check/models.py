@@ -171,7 +171,13 @@ def gpt2(report: Report, context: int = 1024, batch: int = 8) -> None:
     from fastattn.gpt2 import GPT2, GPT2Config  # noqa: PLC0415 - needs einops
     from fastattn.gpt2.optim import make_optimizer  # noqa: PLC0415
 
-    sizes = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1024}
+    sizes: dict[str, Any] = {
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "vocab_size": 50257,
+        "n_positions": 1024,
+    }
     if machine.dry_run:
         context, batch = 32, 2
         sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 101, "n_positions": 32}

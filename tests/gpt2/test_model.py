@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -292,3 +293,36 @@ def test_drawn_tokens_follow_seed_top_k_and_end_of_text(folder):
 def test_what_can_not_be_done_says_so(call, message):
     with pytest.raises(ValueError, match=message):
         call(GPT2(CONFIG))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rotary_positions_are_relative_cached_and_saved(kind, tmp_path):
+    torch.manual_seed(0)
+    model = GPT2(replace(CONFIG, positions="rotary"), kind).eval()
+    ids = ids_of(2, 40)
+    whole = model(ids)
+    cache = KVCache(40)
+    pieces = [model(part, cache=cache) for part in ids.split([7, 1, 32], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
+
+    # the order matters, where a token stands does not: turning all by as much changes no score
+    attention, x = model.transformer.h[0].attn, 30 * torch.randn(1, 9, CONFIG.n_embd)
+    cos, sin = model.transformer.cos, model.transformer.sin
+    here, there = (attention(x, None, (cos[i : i + 9], sin[i : i + 9])) for i in (0, 30))
+    torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)
+    other_order = torch.cat((x[:, :8].flip(1), x[:, 8:]), 1)
+    reordered = attention(other_order, None, (cos[:9], sin[:9]))
+    assert (here - reordered)[:, -1].abs().max() > 0.1 * here[:, -1].abs().max()
+
+    save_model(model, tmp_path)
+    again = load_model(tmp_path, kind).eval()
+    assert again.config == model.config and torch.equal(again(ids), whole)
+    # transformers would compute something else with these weights, so that it must not know them
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] != "gpt2"
+
+
+def test_positions_must_be_known():
+    with pytest.raises(ValueError, match="'learned' or 'rotary', got 'alibi'"):
+        GPT2Config(positions="alibi")
+    with pytest.raises(ValueError, match="even head_dim"):
+        GPT2Config(n_embd=9, n_head=3, positions="rotary")

@@ -36,19 +36,20 @@ class WorkerFailed(Exception):
 
 
 class Worker:
-    """A child process that trains with one implementation; see `worker` for what it answers.
+    """A child process that trains with one implementation; see its module for what it answers.
 
     Args:
         spec: the child's argument, JSON-serialisable.
         log: file for what the child prints.
+        module: what the child runs, on `child.serve`.
     """
 
-    def __init__(self, spec: dict[str, Any], log: Path) -> None:
+    def __init__(self, spec: dict[str, Any], log: Path, module: str = "fastattn.gpt2.compare.worker") -> None:
         self.log = log
         path = os.pathsep.join(filter(None, (str(_PACKAGE_FOLDER), os.environ.get("PYTHONPATH"))))
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fastattn.gpt2.compare.worker", json.dumps(spec)],
+                [sys.executable, "-m", module, json.dumps(spec)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -74,7 +74,7 @@ def markdown(result: Mapping[str, Any], plots: list[str] | None) -> str:
     parts += _parity(result)
     if result["sweep"]:
         parts += _sweep(result)
-    parts += ["## What was cut or went wrong", _list(result["notes"]) or "Nothing."]
+    parts += ["## What was cut or went wrong", bullets(result["notes"]) or "Nothing."]
     parts += ["## How it was measured", _method(result)]
     return "\n\n".join(parts) + "\n"
 
@@ -128,7 +128,7 @@ def train_table(rows: Mapping[str, Mapping[str, Any]], differences: Mapping[str,
             lines[-1].append(f"{differences[name]:.1e}" if name in differences else "–")
     head = ["", "ms a step (median)", "min", "max", "steps", "tokens/s", "peak GB", "of which activations"]
     last = [] if differences is None else ["largest loss difference (dropout 0)"]
-    return _table([*head, "speed-up", *last], lines)
+    return table([*head, "speed-up", *last], lines)
 
 
 def _parity(result: Mapping[str, Any]) -> list[str]:
@@ -147,7 +147,7 @@ def _parity(result: Mapping[str, Any]) -> list[str]:
         f"{found['steps']} steps with dropout 0 from the same weights on the same batches; difference of the "
         f"loss from the standard's, relative to it (ours may be at most {found['tolerance']:.0e}: {outcome})."
     )
-    parts.append(_table(["", "largest of the steps", "at the last step"], lines))
+    parts.append(table(["", "largest of the steps", "at the last step"], lines))
     if result["settings"]["dropout"] > 0 and found["timing"]:
         parts += ["What these steps without dropout took:", train_table(found["timing"])]
     return parts
@@ -165,7 +165,7 @@ def sweep_table(result: Mapping[str, Any]) -> str:
         if all(name in row and row[name]["ms"] is not None for name in (BASELINE, OURS)):
             speed = f"{row[BASELINE]['ms'] / row[OURS]['ms']:.2f}×"
         lines.append([f"{context:,}", *(sweep_cell(row[n]) if n in row else "–" for n in names), speed])
-    return _table(["tokens", *names, "speed-up"], lines)
+    return table(["tokens", *names, "speed-up"], lines)
 
 
 def _sweep(result: Mapping[str, Any]) -> list[str]:
@@ -181,7 +181,7 @@ def _sweep(result: Mapping[str, Any]) -> list[str]:
         f"Milliseconds and peak memory of one training step, batch {result['settings']['batch']}, the same "
         f"model; memory budget {budget / 1e9:.1f} GB.{positions}",
         sweep_table(result),
-        _list(reasons),
+        bullets(reasons),
     ]
 
 
@@ -224,7 +224,7 @@ def _method(result: Mapping[str, Any]) -> str:
         lines.insert(len(rows) + 1, _sweep_method(settings))
     if backend is not None and backend["backend"]:
         lines.insert(len(rows), f"fastattn's {backend['backend'].splitlines()[0]}")
-    return _list(lines)
+    return bullets(lines)
 
 
 def _sweep_method(settings: Mapping[str, Any]) -> str:
@@ -242,12 +242,14 @@ def _gpu(machine: Mapping[str, Any]) -> str:
     return f", {machine['gpu']}" if machine["gpu"] else ""
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown, its first column to the left; nothing where there are no lines."""
     if not lines:
         return ""
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
 
 
-def _list(lines: list[str]) -> str:
+def bullets(lines: list[str]) -> str:
+    """A list in Markdown."""
     return "\n".join(f"- {line}" for line in lines)

@@ -43,7 +43,7 @@ class Settings:
         sweep: contexts to measure one step of; None for doubling from half of `context` while it fits.
         memory_budget: bytes, or None for 90 % of what is available.
         time_budget: seconds for everything, or None for no limit but the sweep's own.
-        data: source as `load_tokens` takes it.
+        data: source as `loadtokens` takes it.
         tokenizer: "gpt2" or "bytes".
         seed: of weights, dropout and batches.
         quick: the small job was asked for.
@@ -142,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("--quick", action="store_true", help="a smaller model, in under 2 minutes")
     parser.add_argument("--size", help=f"{', '.join(SIZES)}, 124M …, or LAYERSxHEADSxWIDTH (default gpt2)")
-    parser.add_argument("--context", type=_tokens, help="tokens an example (default 1024)")
+    parser.add_argument("--context", type=tokens, help="tokens an example (default 1024)")
     parser.add_argument("--batch", type=int, default=1, help="examples a step (default 1)")
     parser.add_argument(
         "--steps",
@@ -158,7 +158,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     parser.add_argument(
-        "--sweep", type=_contexts, help="contexts, as 512,1k,2k (default: doubling while it fits)"
+        "--sweep", type=contexts, help="contexts, as 512,1k,2k (default: doubling while it fits)"
     )
     parser.add_argument(
         "--no-sweep", action="store_const", const=(), dest="sweep", help="no sweep of the context"
@@ -209,7 +209,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     )
 
 
-def _tokens(text: str) -> int:
+def tokens(text: str) -> int:
     """``"2k"`` -> 2048."""
     match = re.fullmatch(r"(\d+)(k?)", text.strip().lower())
     if match is None or int(match[1]) < 1:
@@ -217,5 +217,6 @@ def _tokens(text: str) -> int:
     return int(match[1]) * (1024 if match[2] else 1)
 
 
-def _contexts(text: str) -> tuple[int, ...]:
-    return tuple(_tokens(part) for part in text.split(","))
+def contexts(text: str) -> tuple[int, ...]:
+    """``"512,2k"`` -> (512, 2048)."""
+    return tuple(tokens(part) for part in text.split(","))

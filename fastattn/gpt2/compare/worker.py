@@ -8,23 +8,24 @@ Commands come as JSON lines on standard input, answers go as JSON lines to stand
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import hashlib
-import json
-import os
-import queue
-import sys
-import threading
 import time
-import traceback
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 import fastattn
+from fastattn.gpt2.compare.child import (
+    give_back_memory,
+    limit_device_memory,
+    peak_bytes,
+    reset_peak,
+    resident,
+    serve,
+    synchronize,
+)
 
 # The optimiser of GPT-2's reproductions (Brown et al. 2020, appendix B; nanoGPT), the learning rate for a
 # small batch and no warm-up.
@@ -47,13 +48,11 @@ class Trainer:
             from fastattn.integrations.transformers import register  # noqa: PLC0415
 
             register()
-        if self.device.type == "cuda" and spec["device_memory"]:
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, spec["device_memory"] / total), self.device)
+        limit_device_memory(self.device, spec["device_memory"])
         import transformers  # noqa: PLC0415, so that its lack is an answer
 
         self.transformers = transformers
-        self.libraries_bytes = _resident() if self.device.type == "cpu" else 0
+        self.libraries_bytes = resident() if self.device.type == "cpu" else 0
         self.model: Any = None
         self.optimizer: Any = None
         self.batches: tuple[str, Tensor, Tensor] | None = None
@@ -61,7 +60,7 @@ class Trainer:
     def build(self, context: int, dropout: float) -> dict[str, Any]:
         """The model with the seed's initial weights; drops the one there was."""
         self.model = self.optimizer = None
-        _give_back_memory(self.device)
+        give_back_memory(self.device)
         config = self.transformers.GPT2Config(
             **self.spec["config"],
             n_positions=max(1024, context),
@@ -89,8 +88,8 @@ class Trainer:
     def step(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         """One training step on ``x`` and ``y``, ``[batch, context]``."""
         x, y = x.to(self.device), y.to(self.device)
-        resets = self._reset_peak()
-        self._synchronize()
+        resets = reset_peak(self.device)
+        synchronize(self.device)
         start = time.perf_counter()
         autocast = (
             torch.autocast(self.device.type, self.dtype)
@@ -105,11 +104,11 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         value = loss.item()
-        self._synchronize()
+        synchronize(self.device)
         return {
             "loss": value,
             "ms": 1000 * (time.perf_counter() - start),
-            "peak_bytes": self._peak() if resets else None,
+            "peak_bytes": peak_bytes(self.device) if resets else None,
         }
 
     def batch(self, path: str, index: int) -> tuple[Tensor, Tensor]:
@@ -127,53 +126,6 @@ class Trainer:
         q = torch.empty(1, device=self.device, dtype=self.dtype).expand(shape)
         return str(fastattn.explain(q, q, q, mask=fastattn.causal(), dropout=dropout))
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _reset_peak(self) -> bool:
-        """Start a new high-water mark; False where the system has none that can be reset."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return True
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return False
-        return True
-
-    def _peak(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
-
-
-def _resident() -> int:
-    try:
-        return _status("VmRSS")
-    except OSError:
-        import resource  # noqa: PLC0415, not on every platform
-
-        scale = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-def _give_back_memory(device: torch.device) -> None:
-    """Return what a dropped model leaves in the allocators, so that it is not in the next one's peak."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # a C library without malloc_trim
-            ctypes.CDLL(None).malloc_trim(0)
-
 
 def _digest(model: torch.nn.Module) -> str:
     sha = hashlib.sha256()
@@ -182,41 +134,16 @@ def _digest(model: torch.nn.Module) -> str:
     return sha.hexdigest()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+def _start(spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    trainer = Trainer(spec)
 
+    def answer(command: dict[str, Any]) -> dict[str, Any]:
+        if command["do"] == "build":
+            return trainer.build(command["context"], command["dropout"])
+        return trainer.step(*trainer.batch(command["batches"], command["index"]))
 
-def main() -> None:
-    """Answer commands until standard input ends."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints must not come between the answers
-    with contextlib.suppress(OSError):  # should the machine run out after all, end this process first
-        Path("/proc/self/oom_score_adj").write_text("1000")
-
-    commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-
-    def read() -> None:
-        for line in sys.stdin:
-            commands.put(json.loads(line))
-        os._exit(0)  # the parent is gone, even in the middle of a step
-
-    threading.Thread(target=read, daemon=True).start()
-    trainer: Trainer | None = None
-    while True:
-        command = commands.get()
-        try:
-            if trainer is None:
-                trainer = Trainer(json.loads(sys.argv[1]))
-            if command["do"] == "build":
-                answer = trainer.build(command["context"], command["dropout"])
-            else:
-                answer = trainer.step(*trainer.batch(command["batches"], command["index"]))
-        except Exception as error:
-            traceback.print_exc()
-            kind = "out of memory" if _is_out_of_memory(error) else "error"
-            answer = {kind: f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers)
+    return answer
 
 
 if __name__ == "__main__":
-    main()
+    serve(_start)
