@@ -38,6 +38,7 @@ from fastattn.ops.attention import (
 from fastattn.ops.choice import Explanation
 from fastattn.ops.explain import explain
 from fastattn.ops.linear import linear
+from fastattn.ops.mlp import mlp
 from fastattn.ops.rotary import rotary
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ __all__ = [
     "key_padding",
     "linear",
     "merge_attention",
+    "mlp",
     "optimize",
     "prefix",
     "relative_position",

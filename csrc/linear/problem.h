@@ -15,7 +15,7 @@ struct Matrix {
   int64_t row, column;
 };
 
-// What becomes of S = A · B + bias when it is complete. Ids as in fastattn/ops/linear/cpu.py.
+// What becomes of S = A · B + bias when it is complete. Ids as in fastattn/ops/linear/epilogues.py.
 enum class Epilogue : int64_t {
   kStore = 0,      // C = S
   kAdd = 1,        // C = C + S, C of float32

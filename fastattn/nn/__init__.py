@@ -2,5 +2,6 @@
 
 from fastattn.nn.attention import CausalSelfAttention, MultiheadAttention
 from fastattn.nn.linear import Linear
+from fastattn.nn.mlp import MLP
 
-__all__ = ["CausalSelfAttention", "Linear", "MultiheadAttention"]
+__all__ = ["CausalSelfAttention", "Linear", "MLP", "MultiheadAttention"]

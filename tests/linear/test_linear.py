@@ -12,6 +12,7 @@ from torch import Tensor
 import fastattn
 from fastattn import _backends
 from fastattn.ops.linear import cpu, measured
+from fastattn.ops.linear.epilogues import ADD
 from fastattn.testing import assert_within_budget, force_isa, operation_errors, present_isas
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -43,7 +44,7 @@ def test_products_of_any_layout(isa: str, shape: tuple[int, int, int], dtype: to
             out = cpu.gemm(a, b, torch.empty(m, n, dtype=dtype), bias=bias)
             rounding = torch.finfo(dtype).eps * (exact + bias).abs().max() + 1e-5 * k**0.5
             assert (out.double() - exact - bias.double()).abs().max() <= rounding
-            added = cpu.gemm(a, b, torch.ones(m, n), epilogue=cpu.ADD)
+            added = cpu.gemm(a, b, torch.ones(m, n), epilogue=ADD)
             assert (added.double() - exact - 1).abs().max() <= 1e-5 * k**0.5
 
 

@@ -72,6 +72,7 @@ MATHEMATICS = {
     "ops.merge",
 }
 SPEAKS_TO_PEOPLE = {"fastattn", "ops", "ops.api", "ops.kv_cache", "ops.varlen", "nn", *MATHEMATICS}
+KERNELS_MAY = {"_backends", "ops.composed", "ops.epilogues", "ops.library", "ops.measured", *MATHEMATICS}
 MAY_IMPORT = {
     "_build": set(),
     "_backends": {"_build"},
@@ -86,6 +87,8 @@ MAY_IMPORT = {
     "ops.gpu": set(),
     "ops.interpreter": set(),
     "ops.measured": {"_backends"},
+    "ops.epilogues": set(),
+    "ops.composed": {"ops.epilogues", "ops.library", *MATHEMATICS},
     "ops.merge": set(),
     "ops.problem": {"ops.constraints", "ops.masks", "ops.biases"},
     "ops.checks": {"ops.constraints", "ops.masks", "ops.biases"},
@@ -93,8 +96,8 @@ MAY_IMPORT = {
     "ops.statistics": {"ops.api", "ops.checks", *MATHEMATICS},
     "ops.reference": MATHEMATICS,
     "ops.library": {"ops.flops", *MATHEMATICS},
-    "ops.cpu": {"_backends", "ops.library", "ops.measured", *MATHEMATICS},
-    "ops.triton": {"_backends", "ops.gpu", "ops.interpreter", "ops.library", *MATHEMATICS},
+    "ops.cpu": KERNELS_MAY,
+    "ops.triton": {"ops.gpu", "ops.interpreter", *KERNELS_MAY},
     "ops.hopper": {"_backends", "ops.library", *MATHEMATICS},
     "ops.api": {
         "_backends",

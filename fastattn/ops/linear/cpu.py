@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 from torch import Tensor
 
 from fastattn import _backends
 from fastattn.ops.linear import measured
+from fastattn.ops.linear.epilogues import ADD, STORE
 from fastattn.ops.linear.library import WANTED_BIAS, WANTED_WEIGHT, WANTED_X
-
-# Ids as in csrc/linear/problem.h.
-STORE: Final = 0
-ADD: Final = 1
-ACTIVATE: Final = 2
-GATE: Final = 3
-SLOPE: Final = 4
-GATE_SLOPE: Final = 5
 
 
 def matmul(

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fastattn.ops import gpu
 from fastattn.ops.activations import NAMES
+from fastattn.ops.linear import epilogues
 
-# Ids as in csrc/linear/problem.h.
-STORE: Final = tl.constexpr(0)
-ACTIVATE: Final = tl.constexpr(2)
-GATE: Final = tl.constexpr(3)
-SLOPE: Final = tl.constexpr(4)
-GATE_SLOPE: Final = tl.constexpr(5)
+_ADD: Final = tl.constexpr(epilogues.ADD)
+_ACTIVATE: Final = tl.constexpr(epilogues.ACTIVATE)
+_GATE: Final = tl.constexpr(epilogues.GATE)
+_SLOPE: Final = tl.constexpr(epilogues.SLOPE)
+_GATE_SLOPE: Final = tl.constexpr(epilogues.GATE_SLOPE)
 _GELU: Final = tl.constexpr(NAMES.index("gelu"))
 _GELU_TANH: Final = tl.constexpr(NAMES.index("gelu_tanh"))
 _SILU: Final = tl.constexpr(NAMES.index("silu"))
@@ -101,21 +101,23 @@ def _gemm(
     inside = inside_m[:, None] & inside_n[None, :]
     at = rows[:, None] * c_row + columns[None, :]
     element = c.dtype.element_ty
-    if EPILOGUE == ACTIVATE:
+    if EPILOGUE == _ADD:
+        s += tl.load(c + at, mask=inside, other=0.0)
+    elif EPILOGUE == _ACTIVATE:
         if u is not None:
             tl.store(u + at, s.to(element), mask=inside)
         s, _ = activate(s, KIND)
-    elif EPILOGUE == GATE:
+    elif EPILOGUE == _GATE:
         if u is not None:
             tl.store(u + at, s.to(element), mask=inside)
         gated, _ = activate(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), KIND)
         s *= gated
-    elif EPILOGUE == SLOPE:
+    elif EPILOGUE == _SLOPE:
         value, slope = activate(tl.load(u + at, mask=inside, other=0.0).to(tl.float32), KIND)
         if h is not None:
             tl.store(h + at, value.to(element), mask=inside)
         s *= slope
-    elif EPILOGUE == GATE_SLOPE:
+    elif EPILOGUE == _GATE_SLOPE:
         value, slope = activate(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), KIND)
         linear = tl.load(u + at, mask=inside, other=0.0).to(tl.float32)
         if h is not None:
@@ -131,7 +133,7 @@ def gemm(
     out: Tensor,
     *,
     bias: Tensor | None = None,
-    epilogue: int = STORE.value,
+    epilogue: int = epilogues.STORE,
     activation: int = 0,
     u: Tensor | None = None,
     gate: Tensor | None = None,
