@@ -35,7 +35,10 @@ _COMMANDS: Final = {
     "tune": "find block sizes for the GPU at hand, and write them to the tuning table",
     "bench": "run the benchmarks of a source checkout; further arguments go to pytest",
 }
-_COMPARISONS: Final = {"gpt2": "fastattn.gpt2.compare"}
+_COMPARISONS: Final = {
+    "gpt2": ("fastattn.gpt2.compare", "speed and memory of a training step, and its losses"),
+    "training": ("fastattn.gpt2.equivalence", "held-out losses of whole training runs, over seeds"),
+}
 _OPTIONAL: Final = (
     "einops",
     "ninja",
@@ -103,8 +106,8 @@ def _parse(argv: list[str], chosen: str | None) -> tuple[argparse.Namespace, lis
         _add(subparsers["explain-model"], "fastattn.compiler.command")
     elif chosen == "compare":
         what = subparsers["compare"].add_subparsers(dest="what", required=True, metavar="what")
-        for name, module in _COMPARISONS.items():
-            _add(what.add_parser(name, help="GPT-2"), module)
+        for name, (module, text) in _COMPARISONS.items():
+            _add(what.add_parser(name, help=text, description=text), module)
     elif chosen == "gpu-check":
         _add(subparsers["gpu-check"], "fastattn.gpu_check")
     elif chosen == "bench":

@@ -187,3 +187,37 @@ def _draw_differences(axes: Axes, curves: Mapping[str, Mapping[int, float]], tol
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True, alpha=0.25)
     axes.legend(frameon=False)
+
+
+def draw_seeds(result: Mapping[str, Any]) -> Figure:
+    """Held-out losses of all seeds, and how far each is from the standard's mean."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    held: dict[str, dict[int, list[float]]] = {}
+    for one in result["runs"]:
+        name = one["implementation"]
+        steps, losses = [int(step) for step in one["held_out"]], list(one["held_out"].values())
+        label = name if name not in held else None
+        left.plot(steps, losses, **{**_LOOK[name], "marker": ""}, label=label, linewidth=1.5, alpha=0.8)
+        for step, loss in zip(steps, losses, strict=True):
+            held.setdefault(name, {}).setdefault(step, []).append(loss)
+    base = held.get(BASELINE, {})
+    for shift, (name, curve) in enumerate(held.items()):
+        for i, (step, losses) in enumerate(sorted(curve.items())):
+            if step in base:
+                mean = sum(base[step]) / len(base[step])
+                places = [i + 0.24 * shift - 0.12] * len(losses)
+                look = {**_LOOK[name], "linestyle": ""}
+                right.plot(places, [loss - mean for loss in losses], **look, alpha=0.8)
+    right.axhline(0, color="black", linewidth=1, linestyle=":")
+    steps = sorted(base)
+    right.set_xticks(range(len(steps)), [str(step) for step in steps])
+    left.set_ylabel("held-out loss, nats a token")
+    left.set_title("every seed", fontsize=10)
+    left.legend(frameon=False)
+    right.set_ylabel("held-out loss less the standard's mean")
+    right.set_title("seeds apart, and ours among them", fontsize=10)
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.grid(True, alpha=0.25)
+    return figure

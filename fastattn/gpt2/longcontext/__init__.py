@@ -1,7 +1,7 @@
-"""`fastattn longcontext`: the longest context that trains GPT-2 in some memory.
+"""`fastattn longcontext`: the longest context that trains GPT-2 in some memory, and what it is good for.
 
 The command is `add_arguments` and `run`. `search` chooses what to try, a `Session` runs it in child processes
-(`worker`), `result` makes numbers of it, `report` and `plots` a folder.
+(`worker`), `result` makes numbers of it, `report` and `plots` a folder. ``--quality`` is in `quality`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from fastattn.gpt2.compare.progress import Progress, gigabytes
+from fastattn.gpt2.longcontext import quality
 from fastattn.gpt2.longcontext import settings as options
 from fastattn.gpt2.longcontext.report import longest_table, memory_table, write_report
 from fastattn.gpt2.longcontext.result import result_of
@@ -25,6 +26,7 @@ __all__ = ["add_arguments", "find", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fastattn longcontext`."""
     options.add_arguments(parser)
+    quality.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         0; 1 where nothing trained or an implementation failed; 2 for options that do not fit; 130 after
         Ctrl-C. The report is written in each case but 2.
     """
+    if args.quality:
+        return quality.run(args)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     try:
         settings = settings_of(args)

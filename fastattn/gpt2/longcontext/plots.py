@@ -22,6 +22,9 @@ LOOK: Final[dict[str, dict[str, Any]]] = {
     "sdpa+checkpoint": {"color": "#56B4E9", "marker": "<", "linestyle": ":"},
 }
 
+_COLORS: Final = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS: Final = "s^oDv<"
+
 
 def write_plot(result: Mapping[str, Any], path: Path) -> list[Path]:
     """Draw the longest contexts as bars and the memory by context; returns the file, if any."""
@@ -108,3 +111,32 @@ def _curves(axes: Axes, result: Mapping[str, Any]) -> None:
     axes.set_title("every step that was run", fontsize=10)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(frameon=False)
+
+
+def draw_quality(result: Mapping[str, Any]) -> Figure:
+    """Held-out loss: at the end by context, and over the tokens that were trained on."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
+    rows = result["rows"]
+    contexts = [row["context"] for row in rows]
+    left.plot(contexts, [row["held_out_loss"] for row in rows], color="#009E73", marker="o", linewidth=2)
+    for row in rows:
+        place = (row["context"], row["held_out_loss"])
+        left.annotate(f"{row['held_out_loss']:.3f}", place, (0, 7), textcoords="offset points", ha="center")
+    left.set_xscale("log", base=2)
+    left.set_xticks(contexts, [f"{t // 1024}k" if t >= 1024 else str(t) for t in contexts])
+    left.xaxis.set_minor_locator(NullLocator())
+    left.margins(0.12, 0.18)
+    left.set_xlabel("context, tokens")
+    left.set_ylabel("held-out loss, nats a token")
+    left.set_title("at the end", fontsize=10)
+    for row, color, marker in zip(rows, _COLORS * len(rows), _MARKERS * len(rows), strict=False):
+        tokens, losses = [int(t) for t in row["held_out"]], list(row["held_out"].values())
+        right.plot(tokens, losses, color=color, marker=marker, linewidth=2, label=f"{row['context']:,}")
+    right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g} M"))
+    right.set_xlabel("tokens trained on")
+    right.set_title("on the way, by context", fontsize=10)
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.grid(True, alpha=0.25)
+    return figure

@@ -151,13 +151,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--at", type=contexts, default=default.at, help="contexts to measure besides (1024,4096)"
     )
     parser.add_argument("--dropout", type=float, default=default.dropout, help="(%(default)s)")
-    parser.add_argument("--positions", choices=("learned", "rotary"), help="(learned)")
+    parser.add_argument("--positions", choices=("learned", "rotary"), help="(learned; --quality: rotary)")
     parser.add_argument(
         "--loss-chunk", type=int, default=default.loss_chunk, help="logits held at a time (%(default)s)"
     )
-    parser.add_argument("--minutes", type=float, help="for everything (no limit)")
+    parser.add_argument("--minutes", type=float, help="for everything (no limit; --quality: 30)")
     parser.add_argument("--data", default=default.data, help="shakespeare, a text file, a folder or a .bin")
-    parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="(gpt2)")
+    parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="(gpt2; --quality: bytes)")
     parser.add_argument("--seed", type=int, default=default.seed, help="(%(default)s)")
     parser.add_argument("--out", type=Path, help="folder (runs/longcontext-TIME)")
 

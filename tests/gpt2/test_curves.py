@@ -1,0 +1,140 @@
+"""Whole training runs on a small model: their curves, `longcontext --quality` and `compare training`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastattn.gpt2 import equivalence, longcontext
+from fastattn.gpt2.config import GPT2Config
+from fastattn.gpt2.curves import Recipe, Run, held_out_loss, held_out_windows
+from fastattn.gpt2.data import Corpus, load_tokens
+from fastattn.gpt2.longcontext import quality
+from fastattn.testing import force_isa
+
+SMALL = GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=1, n_head=2).with_dropout(0.0)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(f"Attention, number {i}, is a weighted mean of values. " * 12)
+    return folder
+
+
+@pytest.fixture
+def corpus(text: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
+    monkeypatch.setenv("FASTATTN_CACHE", str(text.parent / "cache"))
+    return load_tokens(text, "bytes", validation=0.4)
+
+
+def test_held_out_windows_have_the_same_targets_at_every_context(corpus: Corpus) -> None:
+    short, long = (held_out_windows(corpus, context, 128) for context in (32, 128))
+    assert torch.equal(short[:, 1:].flatten(), long[:, 1:].flatten())
+    assert torch.equal(short[:, 0], long[:, :-1].unflatten(1, (4, 32))[:, :, 0].flatten())
+    assert len(held_out_windows(corpus, 32, 128, most=3)) == 3 * 128 // 32
+    with pytest.raises(ValueError, match="multiple of the context 48"):
+        held_out_windows(corpus, 48, 128)
+    with pytest.raises(ValueError, match="longest held-out document"):
+        held_out_windows(corpus, 32, 32768)
+
+
+def test_a_run_learns_and_is_decided_by_its_seed(corpus: Corpus) -> None:
+    windows = held_out_windows(corpus, 32, 32)[:4]
+    recipe = Recipe(SMALL.with_dropout(0.1), 32, 4, 12, lr=1e-2, evaluations=3)
+    first, again, other = (Run(recipe, "fastattn", seed, corpus, windows) for seed in (1, 1, 2))
+    untrained = held_out_loss(first.model, windows, recipe)
+    said: list[str] = []
+    curve = first.finish(said.append)
+    assert sorted(curve.held_out) == [4, 8, 12] and len(said) == 3
+    assert curve.held_out[12] < curve.held_out[4] < untrained
+    assert again.finish(said.append).losses == curve.losses
+    assert other.finish(said.append).losses != curve.losses
+    assert first.model.training
+
+
+def test_implementations_start_and_go_alike(corpus: Corpus) -> None:
+    windows = held_out_windows(corpus, 32, 32)[:4]
+    recipe = Recipe(SMALL, 32, 2, 4, lr=1e-3, evaluations=1)
+    losses = {}
+    for name in ("standard", "fastattn"):
+        losses[name] = torch.tensor(Run(recipe, name, 1, corpus, windows).finish(lambda _: None).losses)
+    torch.testing.assert_close(losses["fastattn"], losses["standard"], rtol=1e-5, atol=1e-5)
+
+
+def test_quality_trains_each_context_on_the_same_tokens(
+    text: Path, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    longcontext.add_arguments(parser)
+    words = ["--quality", "--contexts", "32,64,128", "--layers", "1", "--heads", "2", "--width", "16"]
+    words += ["--data", str(text), "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert longcontext.run(parser.parse_args([*words, "--tokens", "1024"])) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [(row["context"], row["tokens"], row["steps"]) for row in result["rows"]] == [
+        (32, 1024, 8),
+        (64, 1024, 8),
+        (128, 1024, 8),
+    ]
+    assert all(row["finished"] and len(row["held_out"]) == 8 for row in result["rows"])
+    assert (tmp_path / "out" / "quality.png").stat().st_size > 1000
+    page, printed = (tmp_path / "out" / "quality.md").read_text(), capsys.readouterr().out
+    assert result["verdict"] in page and result["verdict"] in printed
+    assert f"{result['rows'][1]['held_out_loss']:.4f}" in page
+
+    assert longcontext.run(parser.parse_args([*words[:2], "32,48", *words[3:]])) == 2
+    assert "divisors of the longest" in capsys.readouterr().err
+
+
+def test_quality_chooses_its_steps_by_the_minutes(corpus: Corpus) -> None:
+    settings = quality.Settings(contexts=(32, 64), layers=1, heads=2, width=16, minutes=0.05)
+    windows = {c: held_out_windows(corpus, c, 64) for c in settings.contexts}
+    said: list[str] = []
+    assert quality.steps_for(settings, corpus, windows, said.append) >= 1
+    assert len(said) == 2 and all("tokens/s" in text for text in said)
+
+
+def test_compare_training_says_whether_ours_is_within_the_noise(
+    text: Path,
+    corpus: Corpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(equivalence, "config_of", lambda size: SMALL)
+    parser = argparse.ArgumentParser()
+    equivalence.add_arguments(parser)
+    words = ["--context", "32", "--batch", "2", "--steps", "6", "--seeds", "3", "--evaluations", "2"]
+    words += ["--data", str(text), "--device", "cpu", "--out", str(tmp_path / "out")]
+    with force_isa("scalar"):
+        assert equivalence.run(parser.parse_args(words)) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [(one["seed"], one["implementation"]) for one in result["runs"]] == [
+        (seed, name) for seed in (1, 2, 3) for name in ("standard", "fastattn")
+    ]
+    assert result["difference"]["within"] is True
+    assert (tmp_path / "out" / "training.png").stat().st_size > 1000
+    page, printed = (tmp_path / "out" / "training.md").read_text(), capsys.readouterr().out
+    assert result["verdict"] in page and result["verdict"] in printed
+    assert "within the noise" in result["verdict"]
+
+    assert equivalence.run(parser.parse_args([*words, "--seeds", "1"])) == 2
+    assert "at least 2" in capsys.readouterr().err
+
+
+def test_the_interval_is_welchs() -> None:
+    # by hand: variances 1 and 4, n = 3: standard error sqrt(5 / 3), 25 / 17 · 2 degrees of freedom
+    found = equivalence.welch([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+    assert found["difference"] == pytest.approx(2.0)
+    assert found["half_width"] == pytest.approx(4.303 * (5 / 3) ** 0.5)
+    assert found["within"] is True and found["spread"] == pytest.approx(2.0)
+    assert equivalence.welch([1.0, 1.0], [1.0, 1.0])["within"] is True
+    assert equivalence.welch([1.0, 1.0], [2.0, 2.0])["within"] is False
+    points = [equivalence.student(freedom) for freedom in (1, 2.9, 10, 11, 14, 16, 25, 40)]
+    assert points == [12.706, 4.303, 2.228, 2.228, 2.179, 2.131, 2.086, 1.96]
