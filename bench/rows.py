@@ -97,6 +97,10 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(samples), fifths[3]
 
 
+# Whom `append` tells of every row, so that it is among the tidy ones of the run too.
+LISTENERS: list[Callable[[str, Mapping[str, Any]], object]] = []
+
+
 def append(file_name: str, row: dict[str, Any]) -> None:
     """Add a row to a file under bench/results/; the file's header and the row's keys must agree."""
     path = RESULTS / file_name
@@ -110,6 +114,8 @@ def append(file_name: str, row: dict[str, Any]) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
+    for listener in LISTENERS:
+        listener(file_name, row)
 
 
 def where() -> dict[str, Any]:

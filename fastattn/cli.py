@@ -33,7 +33,7 @@ _COMMANDS: Final = {
     "compare": "train with the standard attention and with ours, side by side",
     "longcontext": "find the longest context that trains GPT-2 within a memory budget",
     "tune": "find block sizes for the GPU at hand, and write them to the tuning table",
-    "bench": "run the benchmarks of a source checkout; further arguments go to pytest",
+    "bench": "run the benchmarks of a source checkout (--op, --length, --peers, ...: docs/benchmarks.md)",
 }
 _COMPARISONS: Final = {
     "gpt2": ("fastattn.gpt2.compare", "speed and memory of a training step, and its losses"),
@@ -132,8 +132,11 @@ def _bench(pytest_args: list[str]) -> int:
         return 1
     for package in ("pytest", "pytest_benchmark"):
         importlib.import_module(package)
-    # A folder or a file among the arguments takes the place of the whole suite.
-    paths = [] if any(Path(word.partition("::")[0]).exists() for word in pytest_args) else [str(folder)]
+    # A folder or a file of benchmarks among the arguments takes the place of all of them.
+    named = [Path(word.partition("::")[0]).resolve() for word in pytest_args]
+    results = folder / "results"
+    chosen = [x for x in named if x.exists() and x.is_relative_to(folder) and not x.is_relative_to(results)]
+    paths = [] if chosen else [str(folder)]
     command = [
         sys.executable,
         "-m",

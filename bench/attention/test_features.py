@@ -2,7 +2,7 @@
 
 `make bench ARGS=bench/attention/test_features.py` takes the short list, `--all-cases` every feature. A run
 adds a row an implementation to bench/results/attention_features.csv, and a row a density to
-attention_density.csv; with `--length`, which is for trying it out, it adds none.
+attention_density.csv; with `--feature-length`, which is for trying it out, it adds none.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def length(request: pytest.FixtureRequest) -> int | None:
-    found: int | None = request.config.getoption("--length", None)
+    found: int | None = request.config.getoption("--feature-length", None)
     return found
 
 

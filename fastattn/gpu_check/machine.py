@@ -23,25 +23,27 @@ _NO_KERNELS: Final = ("Mem", "##", "Torch-Compiled", "CompiledFx")
 
 
 class Machine:
-    """A GPU with its own clock and memory, or the CPU in its place.
+    """A GPU with its own clock and memory, or the CPU: in its place, or for its own sake.
 
     Args:
-        dry_run: take the CPU.
+        dry_run: rehearse on the CPU: problems are tiny, and run once.
+        device: ``cuda`` or ``cpu``; the GPU if not given and this is no rehearsal.
     """
 
-    def __init__(self, dry_run: bool) -> None:
+    def __init__(self, dry_run: bool, device: str | None = None) -> None:
         self.dry_run = dry_run
-        self.device = torch.device("cpu" if dry_run else "cuda")
+        self.device = torch.device(device or ("cpu" if dry_run else "cuda"))
+        self.on_cpu = self.device.type == "cpu"
         self._l2: torch.Tensor | None = None
 
     def synchronize(self) -> None:
         """Wait for all that was launched."""
-        if not self.dry_run:
+        if not self.on_cpu:
             torch.cuda.synchronize()
 
     def mark(self) -> Moment:
         """A moment on the device's clock: when what was launched before it is done."""
-        if self.dry_run:
+        if self.on_cpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -57,7 +59,7 @@ class Machine:
 
     def settle(self) -> None:
         """Before a sample: nothing of the last one in the L2 cache, and the host ahead of the device."""
-        if self.dry_run:
+        if self.on_cpu:
             return
         if self._l2 is None:
             size = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 0)
@@ -66,8 +68,8 @@ class Machine:
         torch.cuda._sleep(_HEAD_START)
 
     def peak_mb(self, run: Callable[[], object]) -> float | None:
-        """10^6 bytes that the allocator held at most during `run`, beyond what it held before."""
-        if self.dry_run:
+        """10^6 bytes that the allocator held at most during `run`, beyond those before; None on a CPU."""
+        if self.on_cpu:
             return None
         self.synchronize()
         before = torch.cuda.memory_allocated()
@@ -77,8 +79,8 @@ class Machine:
         return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
 
     def free_bytes(self) -> int:
-        """Memory that is free on the device; 0 in a dry run."""
-        if self.dry_run:
+        """Memory that is free on the device; 0 on a CPU."""
+        if self.on_cpu:
             return 0
         gc.collect()
         torch.cuda.empty_cache()
@@ -86,14 +88,17 @@ class Machine:
 
     def sm_mhz(self) -> int | None:
         """The clock that the GPU runs at now."""
-        found = None if self.dry_run else _smi("clocks.sm")
+        found = None if self.on_cpu else _smi("clocks.sm")
         return int(found) if found and found.isdigit() else None
 
 
 def kernels_of(machine: Machine, run: Callable[[], object], most: int = 3) -> str:
-    """What `run` really ran: torch's op for its sdpa, and the kernels that took longest, by the profiler."""
+    """What `run` really ran: torch's op for its sdpa, and the kernels that took longest, by the profiler.
+
+    On a CPU, where kernels have no names of their own, the ops that took longest.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if not machine.dry_run:
+    if not machine.on_cpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     machine.synchronize()
     try:
@@ -103,10 +108,18 @@ def kernels_of(machine: Machine, run: Callable[[], object], most: int = 3) -> st
         found = profile.key_averages()
     except RuntimeError as error:  # as where a container may not count
         return f"unknown: the profiler failed ({str(error).splitlines()[0][:60]})"
-    kernels = [e for e in found if e.device_type.name == "CUDA" and not e.key.startswith(_NO_KERNELS)]
-    kernels.sort(key=lambda event: -event.self_device_time_total)
     ops = {_sdpa_op(event.key) for event in found} - {""}
-    names = list(dict.fromkeys(_short(event.key) for event in kernels))
+    if machine.on_cpu:
+        if ops:
+            return " + ".join(sorted(ops))
+        least = 0.02 * sum(event.self_cpu_time_total for event in found)
+        slow = [e for e in found if e.self_cpu_time_total > least and not e.key.startswith("autograd::")]
+        slow.sort(key=lambda event: -event.self_cpu_time_total)
+        names = [event.key.removeprefix("aten::")[:70] for event in slow]
+    else:
+        kernels = [e for e in found if e.device_type.name == "CUDA" and not e.key.startswith(_NO_KERNELS)]
+        kernels.sort(key=lambda event: -event.self_device_time_total)
+        names = list(dict.fromkeys(_short(event.key) for event in kernels))
     return " + ".join([*sorted(ops), *names[:most]]) or "the profiler saw none"
 
 

@@ -68,10 +68,17 @@ class Case:
 
 
 class Inputs:
-    """A case's tensors on a device, and what the peers want beside them, made when first asked for."""
+    """A case's tensors on a device, and what the peers want beside them, made when first asked for.
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    Args:
+        case: which problem.
+        device: where the tensors are.
+        compiles: whether peers that are compiled really are; as on GPUs if not given.
+    """
+
+    def __init__(self, case: Case, device: torch.device, compiles: bool | None = None) -> None:
         self.case, self.device = case, device
+        self.compiles = device.type != "cpu" if compiles is None else compiles
         g = torch.Generator(device).manual_seed(0)
         shape = (case.batch, case.length, case.heads, case.dim)
         # as a model's projections leave them
@@ -177,7 +184,7 @@ def naive(inputs: Inputs, backend: str) -> Attention:
 
 def naive_compiled(inputs: Inputs, backend: str) -> Attention:
     eager = naive(inputs, backend)
-    return eager if inputs.device.type == "cpu" else torch.compile(eager, dynamic=False)
+    return torch.compile(eager, dynamic=False) if inputs.compiles else eager
 
 
 def flex(inputs: Inputs, backend: str) -> Attention:
@@ -205,7 +212,7 @@ def flex(inputs: Inputs, backend: str) -> Attention:
         if case.kind == "full"
         else create_block_mask(keep, None, None, length, length, device=str(inputs.device))
     )
-    function: Any = flex_attention if on_cpu else torch.compile(flex_attention, dynamic=False)
+    function: Any = torch.compile(flex_attention, dynamic=False) if inputs.compiles else flex_attention
     change = add if case.kind == "alibi" else None
     if on_cpu:
         # it has a gradient only on GPUs
@@ -213,7 +220,7 @@ def flex(inputs: Inputs, backend: str) -> Attention:
     return lambda q, k, v: function(q, k, v, score_mod=change, block_mask=mask)
 
 
-def _heads_last(function: Callable[..., Any], **options: Any) -> Attention:
+def heads_last(function: Callable[..., Any], **options: Any) -> Attention:
     """A function of [B, L, H, D]."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -266,7 +273,7 @@ def flash_attn(module: str, package: str, can: tuple[str, ...]) -> Make:
             options["alibi_slopes"] = inputs.slopes
         elif case.kind == "dropout":
             options["dropout_p"] = case.dropout
-        return _heads_last(found.flash_attn_func, **options)
+        return heads_last(found.flash_attn_func, **options)
 
     return make
 
@@ -287,7 +294,7 @@ def xformers(inputs: Inputs, backend: str) -> Attention:
         raise Absent(f"{case.kind}: not raced with xformers")
     if case.kind == "dropout":
         options["p"] = case.dropout
-    return _heads_last(ops.memory_efficient_attention, **options)
+    return heads_last(ops.memory_efficient_attention, **options)
 
 
 OURS: Final = "fastattn"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
@@ -13,13 +13,15 @@ from torch import Tensor
 
 from fastattn.gpu_check.machine import Moment, kernels_of
 from fastattn.gpu_check.oracle import Truth, results
-from fastattn.gpu_check.peers import OURS, PEERS, Attention, Case, Inputs, version_of
+from fastattn.gpu_check.peers import OURS, PEERS, Attention, Case, Inputs, Make, version_of
 from fastattn.gpu_check.report import Report, reraise_if_lost, status_of
 from fastattn.gpu_check.timing import Run, columns_of, interleaved
 
 # Implementations that take seconds before their first result.
 COMPILING: Final = (OURS, "flex compiled", "naive compiled", "flash-attn 4")
 PASSES: Final = ("forward", "backward", "both")
+# What is run, and the passes that are timed in it.
+WHOLES: Final = {"forward": ("forward",), "both": ("backward", "both")}
 # Batch times length is 16,384 and heads times head_dim 2,048.
 CASES: Final = {
     "causal D64 1k": Case("causal", 16, 32, 1024, 64),
@@ -55,8 +57,21 @@ class Runner:
     peaks: dict[str, float | None] = field(default_factory=dict)
 
 
-def race(report: Report, case: Case) -> dict[str, list[float]]:
+def race(
+    report: Report,
+    case: Case,
+    peers: Mapping[str, Make] = PEERS,
+    passes: Collection[str] = PASSES,
+    checked_at: int | None = None,
+) -> dict[str, list[float]]:
     """Forward alone, then forward and backward, of all implementations in turn; a row for each and pass.
+
+    Args:
+        report: what the rows go to.
+        case: the problem.
+        peers: the implementations.
+        passes: those that are timed.
+        checked_at: the length at which results are held to float64, where the case's own would take too long.
 
     Returns:
         Our own samples in milliseconds, by pass.
@@ -65,7 +80,7 @@ def race(report: Report, case: Case) -> dict[str, list[float]]:
     case = tiny(case) if machine.dry_run else case
     if not report.in_time(case.name):
         return {}
-    inputs = Inputs(case, machine.device)
+    inputs = Inputs(case, machine.device, compiles=not machine.dry_run)
     columns: dict[str, Any] = {
         "case": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
@@ -75,24 +90,42 @@ def race(report: Report, case: Case) -> dict[str, list[float]]:
         "length": case.length,
         "head_dim": case.dim,
     }
-    runners = _checked(report, inputs, columns)
+    # With dropout each draws in its own way, so that there it is the case without that is checked.
+    sober, note = inputs, []
+    if case.kind == "dropout":
+        sober, note = (
+            Inputs(replace(case, kind="causal"), machine.device, inputs.compiles),
+            ["without dropout"],
+        )
+    if checked_at is not None and checked_at < case.length:
+        sober = Inputs(replace(sober.case, length=checked_at), machine.device, inputs.compiles)
+        note.append(f"at length {checked_at}")
+    runners = _checked(report, inputs, sober, columns, peers, passes)
+    columns["note"] = f"checked {', '.join(note)}" if note else None
     ours: dict[str, list[float]] = {}
     if not report.enter(case.name, "timing"):
         return ours
     # Backward is most of the time.
     for training, share in ((False, 0.3), (True, 0.7)):
-        ours |= _time(report, inputs, columns, runners, training, max(report.left, 4.0) * share)
+        wanted = [one for one in WHOLES["both" if training else "forward"] if one in passes]
+        if wanted:
+            ours |= _time(report, inputs, columns, runners, wanted, max(report.left, 4.0) * share)
     return ours
 
 
-def _checked(report: Report, inputs: Inputs, columns: dict[str, Any]) -> dict[str, Runner]:
+def _checked(
+    report: Report,
+    inputs: Inputs,
+    sober: Inputs,
+    columns: dict[str, Any],
+    peers: Mapping[str, Make],
+    passes: Collection[str],
+) -> dict[str, Runner]:
     """Every implementation that is here, with the passes in which it is right; a row for each that is not."""
     machine, case = report.machine, inputs.case
-    # With dropout each draws in its own way, so that there it is the case without that is checked.
-    sober = Inputs(replace(case, kind="causal"), machine.device) if case.kind == "dropout" else inputs
     truth = Truth(sober)
     runners: dict[str, Runner] = {}
-    for name, make in PEERS.items():
+    for name, make in peers.items():
         own = columns | {"implementation": name, "version": version_of(name)}
         if not report.enter(case.name, name, name):
             continue
@@ -100,18 +133,21 @@ def _checked(report: Report, inputs: Inputs, columns: dict[str, Any]) -> dict[st
             runner = Runner(make(inputs, report.backend))
             checked = make(sober, report.backend)
         except Exception as failure:
-            _say(report, own, PASSES, failure)
+            _say(report, own, passes, failure)
             continue
         runners[name] = runner
-        for passes in ("forward", "both"):
-            run = partial(results, runner.attention, inputs, passes == "both")
+        for whole, parts in WHOLES.items():
+            wanted = [one for one in parts if one in passes]
+            if not wanted:
+                continue
+            run = partial(results, runner.attention, inputs, whole == "both")
             try:
-                error = truth.check(results(checked, sober, passes == "both"))
-                runner.peaks[passes] = machine.peak_mb(run)
-                runner.kernels[passes] = kernels_of(machine, run)
-                runner.errors[passes] = error
+                error = truth.check(results(checked, sober, whole == "both"))
+                runner.peaks[whole] = machine.peak_mb(run)
+                runner.kernels[whole] = kernels_of(machine, run)
+                runner.errors[whole] = error
             except Exception as failure:
-                _say(report, own, ("forward",) if passes == "forward" else ("backward", "both"), failure)
+                _say(report, own, wanted, failure)
             machine.free_bytes()  # what a failure has left
     return runners
 
@@ -131,7 +167,7 @@ def _say(report: Report, columns: dict[str, Any], passes: Iterable[str], failure
     if columns["implementation"] != OURS and status == "failed":
         status = "refused"
     for one in passes:
-        report.row(**columns, passes=one, status=status, note=note)
+        report.row(**columns | {"passes": one, "status": status, "note": note})
     reraise_if_lost(failure)
 
 
@@ -140,10 +176,11 @@ def _time(
     inputs: Inputs,
     columns: dict[str, Any],
     runners: dict[str, Runner],
-    training: bool,
+    wanted: Collection[str],
     seconds: float,
 ) -> dict[str, list[float]]:
     machine, case = report.machine, inputs.case
+    training = "forward" not in wanted
     whole = "both" if training else "forward"
     runs = {
         name: _run(report, inputs, runner.attention, training)
@@ -157,8 +194,7 @@ def _time(
         except Exception as failure:  # as for memory, now that all the others' inputs are there
             del runs[name]
             version = version_of(name)
-            which = ("backward", "both") if training else ("forward",)
-            _say(report, columns | {"implementation": name, "version": version}, which, failure)
+            _say(report, columns | {"implementation": name, "version": version}, wanted, failure)
     taken = interleaved(machine, runs, seconds)
     mhz = machine.sm_mhz()
     ours: dict[str, list[float]] = {}
@@ -170,6 +206,8 @@ def _time(
         if name == OURS:
             ours = times
         for passes, samples in times.items():
+            if passes not in wanted:
+                continue
             found = columns_of(samples)
             report.row(
                 **columns,
@@ -179,7 +217,6 @@ def _time(
                 version=version_of(name),
                 kernel=(f"{report.backend}: " if name == OURS else "") + runner.kernels[whole],
                 status="ok",
-                note="checked without dropout" if case.kind == "dropout" else None,
                 error_of_budget=round(runner.errors[whole], 3),
                 tflops=round(case.flops(passes) / found["p50_ms"] / 1e9, 2),
                 peak_mb=runner.peaks[whole] if passes != "backward" else None,

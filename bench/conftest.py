@@ -1,0 +1,135 @@
+"""Options of `fastattn bench` that all suites share, the run's tidy rows, and what the machine is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastattn
+from bench import rows
+from bench.ceilings import measure
+from bench.tidy import RUN, isa_of, translate
+from fastattn import _backends
+from fastattn.gpu_check.machine import Machine, details
+
+HERE = Path(__file__).resolve().parent
+# Minutes each: they run where they are named, by `--op` or by their folder, or with `--all-cases`.
+LONG = ("compiler", "gpt2")
+# The benchmarks of a GPU alone, and those of whatever device is asked for; all others measure the CPU.
+ON_A_GPU, ON_EITHER = ("test_gpu.py",), ("test_peers.py",)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastattn bench")
+    group.addoption("--op", help="comma-separated operations: the folders of bench/")
+    group.addoption("--pass", dest="passes", help="comma-separated: forward, backward, both")
+    group.addoption("--dtype", help="comma-separated: float32, bfloat16, float16")
+    group.addoption("--length", help="comma-separated lengths")
+    group.addoption("--head-dim", help="comma-separated sizes of a head")
+    group.addoption("--mask", help="comma-separated: causal, none, window, documents, ...")
+    group.addoption("--peers", help="comma-separated names in bench/peers.py, or all")
+    group.addoption("--device", choices=("cpu", "cuda"), help="only the benchmarks of this device")
+    group.addoption("--all-cases", action="store_true", help="every case, not the short list")
+    group.addoption("--seconds", type=float, default=4.0, help="timed seconds a case, about (default 4)")
+    group.addoption("--no-memory", action="store_true", help="leave out peak memory, a process for each")
+    group.addoption("--rows", type=Path, help="folder of the tidy rows (default bench/results/runs)")
+
+
+def words(config: pytest.Config, option: str) -> list[str] | None:
+    """What a comma-separated option lists; None where it was not given."""
+    found = config.getoption(option, None)
+    return None if found is None else [word.strip() for word in str(found).split(",")]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    named = [Path(str(word).partition("::")[0]).resolve() for word in config.args]
+    folders = [path.relative_to(HERE).parts[:1] for path in named if path.is_relative_to(HERE)]
+    suite = "-".join(
+        words(config, "--op") or sorted({part for parts in folders for part in parts}) or ["bench"]
+    )
+    RUN.begin(suite, device, config.getoption("--rows"))
+    rows.LISTENERS.append(_listen)
+
+
+def _listen(file_name: str, row: Any) -> None:
+    RUN.add({"device": "cpu", "processor": rows.processor()} | translate(file_name, row))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    rows.LISTENERS.clear()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out operations that were not asked for, and what takes minutes unless it was."""
+    if collection_path == HERE or not collection_path.is_relative_to(HERE):
+        return None
+    folder = collection_path.relative_to(HERE).parts[0]
+    wanted = words(config, "--op")
+    if wanted is not None:
+        return True if folder not in wanted else None
+    named = any(
+        Path(str(word).partition("::")[0]).resolve().is_relative_to(HERE / folder) for word in config.args
+    )
+    return True if folder in LONG and not named and not config.getoption("--all-cases") else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = [item for item in items if _is_wanted(config, item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
+
+
+def _is_wanted(config: pytest.Config, item: pytest.Item) -> bool:
+    device = config.getoption("--device")
+    on_a_gpu = item.path.name in ON_A_GPU
+    if device is not None and item.path.name not in ON_EITHER and on_a_gpu != (device == "cuda"):
+        return False
+    case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+    if case is None:
+        return True
+    # A case is left out by what it says of itself; it is not by what it has no word for.
+    for option, names in (
+        ("passes", ("passes",)),
+        ("--dtype", ("dtype",)),
+        ("--length", ("length",)),
+        ("--head-dim", ("dim", "head_dim")),
+        ("--mask", ("mask",)),
+    ):
+        chosen = words(config, option)
+        value = next((getattr(case, name) for name in names if hasattr(case, name)), None)
+        if chosen and value is not None and str(value).removeprefix("torch.") not in chosen:
+            return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def ceilings() -> dict[str, float]:
+    """What the machine can do at all: gflops of ``fma`` (``matmul`` on a GPU) and gb_per_s of ``copy``."""
+    if not RUN.ceilings:
+        for row in measure(Machine(dry_run=False, device=RUN.device)):
+            RUN.add({"op": "ceiling", "status": "ok", "isa": isa_of("fastattn", RUN.device)} | row)
+            RUN.ceilings[row["implementation"]] = row.get("gflops") or row["gb_per_s"]
+    return RUN.ceilings
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """What times depend on, into the files that `pytest-benchmark compare` reads."""
+    machine_info["fastattn"] = rows.common(RUN.suite, RUN.device) | {
+        "fastattn": fastattn.__version__,
+        "isa": {"fastattn": isa_of("fastattn"), "torch": torch.backends.cpu.get_cpu_capability()},
+        "isas": [] if _backends.unavailable("cpu") else list(_backends.isas_present()),
+    }
+    if torch.cuda.is_available():
+        machine_info["gpu"] = {"name": torch.cuda.get_device_name(), **dict(details(dry_run=False))}
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> Iterator[None]:
+    path = RUN.close()
+    if path is not None:
+        terminalreporter.write_line(f"{len(RUN.rows)} rows in {path}")
