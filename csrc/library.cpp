@@ -5,6 +5,7 @@
 
 #include "attention/attention.h"
 #include "linear/linear.h"
+#include "rotary/rotary.h"
 
 #define ATTENTION_PROBLEM                                                                           \
   "Tensor? mask, Tensor? blocks, Tensor? ranges, Tensor? bias, Tensor? relative, Tensor? origin, "  \
@@ -27,6 +28,9 @@ STABLE_TORCH_LIBRARY(fastattn_cpu, m) {
   m.def(
       "dropout_add(Tensor x, Tensor? residual, Tensor? seed, int drop_threshold, int isa, Tensor(a!) out) -> "
       "()");
+  m.def(
+      "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, int start, bool interleaved, bool inverse, "
+      "int isa, Tensor(a!) out) -> ()");
   m.def("isa_present() -> int");
   m.def("fma_loop(int steps, int isa) -> float");
 }
@@ -37,6 +41,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&fastattn::attention_backward));
   m.impl("gemm", TORCH_BOX(&fastattn::gemm));
   m.impl("dropout_add", TORCH_BOX(&fastattn::dropout_add));
+  m.impl("rotary", TORCH_BOX(&fastattn::rotary));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CompositeExplicitAutograd, m) {

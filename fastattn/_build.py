@@ -43,6 +43,11 @@ SOURCES: Final[dict[str, tuple[str, ...]]] = {
     "linear/avx2.cpp": _AVX2,
     "linear/avx512.cpp": _AVX512,
     "linear/wide.cpp": _AVX2,
+    "rotary/rotary.cpp": (),
+    "rotary/scalar.cpp": (),
+    "rotary/avx2.cpp": _AVX2,
+    "rotary/avx512.cpp": _AVX512,
+    "rotary/wide.cpp": _AVX2,
 }
 # Not -ffast-math: it breaks masking by -inf. These three give the kernels what they need of it.
 _MATH: Final = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")

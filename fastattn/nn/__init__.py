@@ -3,5 +3,6 @@
 from fastattn.nn.attention import CausalSelfAttention, MultiheadAttention
 from fastattn.nn.linear import Linear
 from fastattn.nn.mlp import MLP
+from fastattn.nn.rotary import RotaryEmbedding
 
-__all__ = ["CausalSelfAttention", "Linear", "MLP", "MultiheadAttention"]
+__all__ = ["CausalSelfAttention", "Linear", "MLP", "MultiheadAttention", "RotaryEmbedding"]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
-from fastattn.ops.rotary import reference
+from fastattn.ops import choice
+from fastattn.ops.rotary import library, reference
+
+_GRADIENT_OF_TABLES: Final = "gradients of cos and sin, and maps over them, are the reference's"
 
 
 def rotary(
@@ -17,6 +22,7 @@ def rotary(
     start: int | Tensor = 0,
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Rotary position embedding: pairs of dimensions turned by an angle that grows with the position.
 
@@ -34,15 +40,19 @@ def rotary(
             or ``[1, L]`` (packed: ``[T]``).
         cu_seqlens: integer tensor ``[N + 1]``: packed sequence n is from ``cu_seqlens[n]`` to before
             ``cu_seqlens[n + 1]``. What is behind the last sequence is returned as it is.
+        backend: ``"cpu"``, ``"triton"`` or ``"reference"``; the best that can if None. Gradients of cos and
+            sin are the reference's, and so is float64.
 
     Returns:
-        x rotated, in its shape and dtype; differentiable in x, cos and sin. The arithmetic is in float32 or
-        wider whatever the dtypes.
+        x rotated, in its shape and dtype; differentiable in x, cos and sin, any number of times. The
+        arithmetic is in float32 or wider whatever the dtypes.
 
     Raises:
         ValueError: shapes, devices or options that do not fit; a position outside of [0, P), where reading
-            positions is free (ints; tensors in CPU memory, outside of `torch.compile`).
+            positions is free (ints; tensors in CPU memory, outside of `torch.compile`). Elsewhere it is a
+            RuntimeError on CPU, and a row of NaN from the `triton` backend.
         TypeError: dtypes that do not fit.
+        NotImplementedError: the backend asked for can't run this.
 
     Source: Su et al., "RoFormer", 2021 (arXiv 2104.09864), equation 34.
 
@@ -56,34 +66,56 @@ def rotary(
     """
     _check(x, cos, sin, positions, cu_seqlens)
     if positions is not None:
-        if isinstance(start, Tensor) or start != 0:
-            raise ValueError("rotary: expected start or positions, and not both")
-        rows = ("L", x.shape[2]) if x.dim() == 4 else ("T", x.shape[0])
-        if positions.dim() != x.dim() - 2 or positions.shape[-1] != rows[1]:
-            raise ValueError(
-                f"rotary(positions=): expected {'[B or 1, L]' if x.dim() == 4 else '[T]'} with "
-                f"{rows[0]} = {rows[1]}, got {list(positions.shape)}"
-            )
-        if x.dim() == 4 and positions.shape[0] not in (1, x.shape[0]):
-            raise ValueError(
-                f"rotary(positions=): expected a batch of {x.shape[0]} or 1, got {positions.shape[0]}"
-            )
-        cos, sin = _look_up(cos, sin, positions.to(torch.int64))
-    elif cu_seqlens is not None:
-        cos, sin = _packed(x.shape[0], cos, sin, start, cu_seqlens)
+        _check_positions(positions, x, start)
     elif isinstance(start, Tensor):
-        _check_starts(start, x.shape[0], "B")
-        index = start.to(torch.int64)[:, None] + torch.arange(x.shape[2], device=x.device)
-        cos, sin = _look_up(cos, sin, index)
+        count, letter = (x.shape[0], "B") if cu_seqlens is None else (cu_seqlens.shape[0] - 1, "N")
+        _check_starts(start, count, letter)
+    chosen = choice.choose(x, backend, _against(cos, sin))
+    packed = x.dim() == 3
+    index = _index(x, start, positions, cu_seqlens)
+    if index is not None:
+        index = index[None] if packed else index
+        _check_range(index, cos.shape[0])
+    elif not isinstance(start, Tensor) and (start < 0 or start + x.shape[2] > cos.shape[0]):
+        raise ValueError(
+            f"rotary: expected positions from 0 to {cos.shape[0] - 1} (cos has {cos.shape[0]} rows), "
+            f"got start {start} and {x.shape[2]} of them"
+        )
+    if packed:
+        x = x.transpose(0, 1)[None]
+    if chosen == "reference":
+        out = reference.rotary(x, *_look_up(cos, sin, index, start, x.shape[2]), interleaved)
     else:
-        if start < 0 or start + x.shape[2] > cos.shape[0]:
-            raise ValueError(
-                f"rotary: expected positions from 0 to {cos.shape[0] - 1} (cos has {cos.shape[0]} rows), "
-                f"got start {start} and {x.shape[2]} of them"
-            )
-        cos, sin = (table[None, start : start + x.shape[2]] for table in (cos, sin))
-    # One axis more: an angle is that of all heads.
-    return reference.rotary(x, cos.unsqueeze(1), sin.unsqueeze(1), interleaved)
+        if cos.dtype != sin.dtype or cos.dtype == torch.float64:
+            cos, sin = cos.float(), sin.float()
+        first = 0 if index is not None else start
+        out = library.rotary(x, cos, sin, index, first, interleaved, False, chosen)
+    return out[0].transpose(0, 1) if packed else out
+
+
+def _against(cos: Tensor, sin: Tensor) -> tuple[choice.Against, ...]:
+    learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    if learned or _is_mapped(cos) or _is_mapped(sin):
+        return tuple(choice.Against(name, _GRADIENT_OF_TABLES) for name in ("cpu", "triton"))
+    return ()
+
+
+def _is_mapped(x: Tensor) -> bool:
+    """Whether `torch.vmap` maps over x."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x)
+
+
+def _index(
+    x: Tensor, start: int | Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor | None:
+    """int64 positions ``[B or 1, L]`` (packed: ``[T]``); None where they are those from an int on."""
+    if positions is not None:
+        return positions.to(torch.int64)
+    if cu_seqlens is not None:
+        return _packed(x.shape[0], start, cu_seqlens)
+    if isinstance(start, Tensor):
+        return start.to(torch.int64)[:, None] + torch.arange(x.shape[2], device=x.device)
+    return None
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -130,6 +162,21 @@ def _check_integers(name: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: expected x's device {device}, got {x.device}")
 
 
+def _check_positions(positions: Tensor, x: Tensor, start: int | Tensor) -> None:
+    if isinstance(start, Tensor) or start != 0:
+        raise ValueError("rotary: expected start or positions, and not both")
+    rows = ("L", x.shape[2]) if x.dim() == 4 else ("T", x.shape[0])
+    if positions.dim() != x.dim() - 2 or positions.shape[-1] != rows[1]:
+        raise ValueError(
+            f"rotary(positions=): expected {'[B or 1, L]' if x.dim() == 4 else '[T]'} with "
+            f"{rows[0]} = {rows[1]}, got {list(positions.shape)}"
+        )
+    if x.dim() == 4 and positions.shape[0] not in (1, x.shape[0]):
+        raise ValueError(
+            f"rotary(positions=): expected a batch of {x.shape[0]} or 1, got {positions.shape[0]}"
+        )
+
+
 def _check_starts(start: Tensor, count: int, letter: str) -> None:
     if start.is_floating_point() or start.dtype == torch.bool:
         raise TypeError(f"rotary(start=): expected an int or an integer tensor, got {start.dtype}")
@@ -137,15 +184,11 @@ def _check_starts(start: Tensor, count: int, letter: str) -> None:
         raise ValueError(f"rotary(start=): expected shape [{letter}] = [{count}], got {list(start.shape)}")
 
 
-def _packed(
-    total: int, cos: Tensor, sin: Tensor, start: int | Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[T, R / 2]`` of packed sequences; 1 and 0 behind the last."""
+def _packed(total: int, start: int | Tensor, cu_seqlens: Tensor) -> Tensor:
+    """int64 positions ``[T]`` of packed sequences; `UNTURNED` behind the last."""
     cu_seqlens = cu_seqlens.to(torch.int64)
     sequences = cu_seqlens.shape[0] - 1
-    if isinstance(start, Tensor):
-        _check_starts(start, sequences, "N")
-    index = torch.arange(total, device=cos.device)
+    index = torch.arange(total, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
     inside = (index >= cu_seqlens[0]) & (sequence < sequences)
     position = index - cu_seqlens[sequence]
@@ -154,22 +197,37 @@ def _packed(
         position = position + torch.nn.functional.pad(start.to(torch.int64), (0, 1))[sequence]
     else:
         position = position + start
-    cos, sin = _look_up(cos, sin, torch.where(inside, position, 0))
-    return torch.where(inside[:, None], cos, 1), torch.where(inside[:, None], sin, 0)
+    return torch.where(inside, position, library.UNTURNED)
 
 
-def _look_up(cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _check_range(index: Tensor, rows: int) -> None:
+    """Raise where a position is outside of the tables and reading it is free."""
     if (
-        not torch.compiler.is_compiling()
-        and type(positions) is Tensor
-        and positions.device.type == "cpu"
-        and not torch._C._functorch.is_batchedtensor(positions)
-        and positions.numel()
+        torch.compiler.is_compiling()
+        or type(index) is not Tensor
+        or index.device.type != "cpu"
+        or torch._C._functorch.is_batchedtensor(index)
+        or not index.numel()
     ):
-        low, high = (int(x) for x in positions.aminmax())
-        if low < 0 or high >= cos.shape[0]:
-            raise ValueError(
-                f"rotary: expected positions from 0 to {cos.shape[0] - 1} (cos has {cos.shape[0]} rows), "
-                f"got {low} to {high}"
-            )
-    return cos[positions], sin[positions]
+        return
+    low, high = (int(x) for x in index.aminmax())
+    if low == library.UNTURNED:
+        index = torch.where(index == library.UNTURNED, 0, index)
+        low, high = (int(x) for x in index.aminmax())
+    if low < 0 or high >= rows:
+        raise ValueError(
+            f"rotary: expected positions from 0 to {rows - 1} (cos has {rows} rows), got {low} to {high}"
+        )
+
+
+def _look_up(
+    cos: Tensor, sin: Tensor, index: Tensor | None, start: int | Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[B or 1, 1, L, R / 2]``: an angle is that of all heads."""
+    if index is None:
+        cos, sin = (table[None, None, start : start + length] for table in (cos, sin))
+        return cos, sin
+    turned = (index != library.UNTURNED)[:, None, :, None]
+    index = torch.where(index == library.UNTURNED, 0, index)
+    cos, sin = cos[index][:, None], sin[index][:, None]
+    return torch.where(turned, cos, 1), torch.where(turned, sin, 0)

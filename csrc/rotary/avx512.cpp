@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// AVX-512.
+#if defined(__x86_64__)
+#define FASTATTN_ISA avx512
+#define FASTATTN_LANES 16
+#include "rotary/kernels.inl"
+
+constinit const fastattn::RotaryKernels fastattn::kRotaryAvx512 = fastattn::avx512::kRotaryKernels;
+#endif
