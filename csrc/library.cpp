@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "attention/attention.h"
+#include "cross_entropy/cross_entropy.h"
 #include "linear/linear.h"
 #include "rotary/rotary.h"
 
@@ -29,8 +30,16 @@ STABLE_TORCH_LIBRARY(fastattn_cpu, m) {
       "dropout_add(Tensor x, Tensor? residual, Tensor? seed, int drop_threshold, int isa, Tensor(a!) out) -> "
       "()");
   m.def(
-      "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, int start, bool interleaved, bool inverse, "
+      "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, int start, bool interleaved, bool "
+      "inverse, "
       "int isa, Tensor(a!) out) -> ()");
+  m.def(
+      "cross_entropy(Tensor logits, Tensor target, Tensor? weight, Tensor? dloss, int ignore_index, "
+      "float label_smoothing, float softcap, float z_loss, int isa, Tensor(a!)? loss, Tensor(b!) lse, "
+      "Tensor(c!)? dlogits) -> ()");
+  m.def(
+      "kl_div(Tensor(a!) student, Tensor teacher, Tensor? dloss, float temperature, int isa, Tensor(b!) "
+      "loss) -> ()");
   m.def("isa_present() -> int");
   m.def("fma_loop(int steps, int isa) -> float");
 }
@@ -42,6 +51,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
   m.impl("gemm", TORCH_BOX(&fastattn::gemm));
   m.impl("dropout_add", TORCH_BOX(&fastattn::dropout_add));
   m.impl("rotary", TORCH_BOX(&fastattn::rotary));
+  m.impl("cross_entropy", TORCH_BOX(&fastattn::cross_entropy));
+  m.impl("kl_div", TORCH_BOX(&fastattn::kl_div));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CompositeExplicitAutograd, m) {

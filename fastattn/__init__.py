@@ -36,6 +36,7 @@ from fastattn.ops.attention import (
     varlen_attention,
 )
 from fastattn.ops.choice import Explanation
+from fastattn.ops.cross_entropy import cross_entropy, linear_cross_entropy, linear_kl_div
 from fastattn.ops.explain import explain
 from fastattn.ops.linear import linear
 from fastattn.ops.mlp import mlp
@@ -65,11 +66,14 @@ __all__ = [
     "causal",
     "chunked",
     "compiler",
+    "cross_entropy",
     "documents",
     "explain",
     "explain_with_kv_cache",
     "key_padding",
     "linear",
+    "linear_cross_entropy",
+    "linear_kl_div",
     "merge_attention",
     "mlp",
     "optimize",

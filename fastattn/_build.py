@@ -48,6 +48,11 @@ SOURCES: Final[dict[str, tuple[str, ...]]] = {
     "rotary/avx2.cpp": _AVX2,
     "rotary/avx512.cpp": _AVX512,
     "rotary/wide.cpp": _AVX2,
+    "cross_entropy/cross_entropy.cpp": (),
+    "cross_entropy/scalar.cpp": (),
+    "cross_entropy/avx2.cpp": _AVX2,
+    "cross_entropy/avx512.cpp": _AVX512,
+    "cross_entropy/wide.cpp": _AVX2,
 }
 # Not -ffast-math: it breaks masking by -inf. These three give the kernels what they need of it.
 _MATH: Final = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")

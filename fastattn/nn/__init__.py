@@ -2,7 +2,16 @@
 
 from fastattn.nn.attention import CausalSelfAttention, MultiheadAttention
 from fastattn.nn.linear import Linear
+from fastattn.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastattn.nn.mlp import MLP
 from fastattn.nn.rotary import RotaryEmbedding
 
-__all__ = ["CausalSelfAttention", "Linear", "MLP", "MultiheadAttention", "RotaryEmbedding"]
+__all__ = [
+    "CausalSelfAttention",
+    "CrossEntropyLoss",
+    "Linear",
+    "LinearCrossEntropyLoss",
+    "MLP",
+    "MultiheadAttention",
+    "RotaryEmbedding",
+]

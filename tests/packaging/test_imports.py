@@ -72,7 +72,16 @@ MATHEMATICS = {
     "ops.merge",
 }
 SPEAKS_TO_PEOPLE = {"fastattn", "ops", "ops.api", "ops.kv_cache", "ops.varlen", "nn", *MATHEMATICS}
-KERNELS_MAY = {"_backends", "ops.composed", "ops.epilogues", "ops.library", "ops.measured", *MATHEMATICS}
+KERNELS_MAY = {
+    "_backends",
+    "ops.chunks",
+    "ops.composed",
+    "ops.epilogues",
+    "ops.library",
+    "ops.measured",
+    "ops.targets",
+    *MATHEMATICS,
+}
 MAY_IMPORT = {
     "_build": set(),
     "_backends": {"_build"},
@@ -90,6 +99,8 @@ MAY_IMPORT = {
     "ops.epilogues": set(),
     "ops.composed": {"ops.epilogues", "ops.library", *MATHEMATICS},
     "ops.merge": set(),
+    "ops.targets": set(),
+    "ops.chunks": {"ops.library"},
     "ops.problem": {"ops.constraints", "ops.masks", "ops.biases"},
     "ops.checks": {"ops.constraints", "ops.masks", "ops.biases"},
     "ops.weights": {"ops.choice", "ops.masks", "ops.biases", "ops.philox"},

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// AVX-512.
+#if defined(__x86_64__)
+#define FASTATTN_ISA avx512
+#define FASTATTN_LANES 16
+#include "cross_entropy/kernels.inl"
+
+constinit const fastattn::CrossEntropyKernels fastattn::kCrossEntropyAvx512 =
+    fastattn::avx512::kCrossEntropyKernels;
+#endif
