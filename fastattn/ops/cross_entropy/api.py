@@ -70,7 +70,8 @@ def cross_entropy(
 
     rows, flat = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     if chosen == "reference":
-        loss = reference.cross_entropy(rows, flat, weight, *options)
+        with choice.no_autocast(logits.device):
+            loss = reference.cross_entropy(rows, flat, weight, *options)
     else:
         loss = library.cross_entropy(rows, flat, weight, *options, chosen)
     if reduction == "none":

@@ -65,9 +65,10 @@ def linear_cross_entropy(
     """`fastattn::linear_cross_entropy` on CPU: rows that are ignored are left out beforehand."""
     _backends.require("cpu")
     check_targets(target, weight.shape[0], ignore_index)
-    kept = (target != ignore_index).nonzero().flatten()
-    if len(kept) == len(target):
+    ignored = target == ignore_index
+    if not bool(ignored.any()):
         return _linear_cross_entropy(x, weight, target, bias, dloss, ignore_index, *options)
+    kept = ignored.logical_not_().nonzero().flatten()
     of_kept = None if dloss is None else dloss[kept]
     loss, dx, *grads = _linear_cross_entropy(
         x[kept], weight, target[kept], bias, of_kept, ignore_index, *options

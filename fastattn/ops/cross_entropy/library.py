@@ -54,8 +54,25 @@ def _implement(name: str, function: str) -> None:
     torch.library.impl(f"fastattn::{name}", ("cpu", "cuda"))(run)
 
 
+def _map(name: str) -> None:
+    """vmap calls the op for each sample in turn: products with a weight of each sample do not join."""
+
+    def run(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+        op = getattr(torch.ops.fastattn, name)
+        samples = [
+            op(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(samples[0], Tensor):
+            return torch.stack(samples), 0
+        return tuple(map(torch.stack, zip(*samples, strict=True))), (0,) * len(samples[0])
+
+    torch.library.register_vmap(f"fastattn::{name}", run)
+
+
 for _name in _OPS:
     _implement(_name, _name.removeprefix("cross_entropy_"))
+    _map(_name)
 
 
 @torch.library.register_fake("fastattn::cross_entropy_forward")
@@ -112,8 +129,16 @@ class CrossEntropy(torch.autograd.Function):
 
 def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
     """The loss of each row, differentiable by the logits, which are ``[N, V]``."""
-    loss: Tensor = CrossEntropy.apply(logits, target, weight, *options)[0]
+    run = CrossEntropy.apply if _tracked(logits) else torch.ops.fastattn.cross_entropy_forward
+    loss: Tensor = run(logits, target, weight, *options)[0]
     return loss
+
+
+def _tracked(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be asked for: without one, `apply` costs more than the op."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 class LinearLoss(torch.autograd.Function):
@@ -182,6 +207,8 @@ def linear_loss(op: str, share: Tensor | None, options: tuple[Any, ...], *tensor
         options: of the op, between `dloss` and `wanted`; the backend last.
         tensors: the op's first arguments.
     """
+    if not _tracked(*tensors):
+        return LinearLoss.forward(op, share, 0, options, *tensors)[0]  # type: ignore[no-any-return]
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
     wanted = 0 if share is None else _wanted(needed)
     loss: Tensor = LinearLoss.apply(op, share, wanted, options, *tensors)[0]

@@ -1,0 +1,38 @@
+"""The Triton kernels as compilers leave them: nothing spills, several programs fit on a multiprocessor."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fastattn.testing.compiled import Kernel
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+KINDS = 5  # of launches in the script; sm_90 has them in two dtypes
+
+
+@pytest.mark.slow
+def test_compiles_well() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *TARGETS],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [Kernel(**kernel) for kernel in json.loads(done.stdout)]
+    assert len(found) == (len(TARGETS) + 1) * KINDS
+    for kernel in found:
+        assert kernel.spills == kernel.stack == 0, kernel
+        assert kernel.programs is None or kernel.programs >= 2, kernel
