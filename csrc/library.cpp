@@ -3,8 +3,10 @@
 // ops, with fakes and gradients, are in fastattn/ops/*/library.py.
 #include <torch/csrc/stable/library.h>
 
+#include "adamw/adamw.h"
 #include "attention/attention.h"
 #include "cross_entropy/cross_entropy.h"
+#include "embedding/embedding.h"
 #include "linear/linear.h"
 #include "rotary/rotary.h"
 
@@ -40,6 +42,17 @@ STABLE_TORCH_LIBRARY(fastattn_cpu, m) {
   m.def(
       "kl_div(Tensor(a!) student, Tensor teacher, Tensor? dloss, float temperature, int isa, Tensor(b!) "
       "loss) -> ()");
+  m.def("sum_of_squares(Tensor[] tensors, int isa) -> float");
+  m.def(
+      "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, float factor, "
+      "int isa) -> ()");
+  m.def(
+      "embedding(Tensor ids, Tensor weight, Tensor? position_weight, Tensor? positions, Tensor? seed, "
+      "int drop_threshold, int isa, Tensor(a!) out) -> ()");
+  m.def(
+      "embedding_gradient(Tensor dout, Tensor ids, Tensor order, Tensor? seed, int drop_threshold, int skip, "
+      "int isa, Tensor(a!) grad) -> ()");
   m.def("isa_present() -> int");
   m.def("fma_loop(int steps, int isa) -> float");
 }
@@ -53,6 +66,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
   m.impl("rotary", TORCH_BOX(&fastattn::rotary));
   m.impl("cross_entropy", TORCH_BOX(&fastattn::cross_entropy));
   m.impl("kl_div", TORCH_BOX(&fastattn::kl_div));
+  m.impl("sum_of_squares", TORCH_BOX(&fastattn::sum_of_squares));
+  m.impl("adamw_step", TORCH_BOX(&fastattn::adamw_step));
+  m.impl("embedding", TORCH_BOX(&fastattn::embedding));
+  m.impl("embedding_gradient", TORCH_BOX(&fastattn::embedding_gradient));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CompositeExplicitAutograd, m) {

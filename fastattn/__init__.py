@@ -37,13 +37,14 @@ from fastattn.ops.attention import (
 )
 from fastattn.ops.choice import Explanation
 from fastattn.ops.cross_entropy import cross_entropy, linear_cross_entropy, linear_kl_div
+from fastattn.ops.embedding import embedding
 from fastattn.ops.explain import explain
 from fastattn.ops.linear import linear
 from fastattn.ops.mlp import mlp
 from fastattn.ops.rotary import rotary
 
 if TYPE_CHECKING:
-    from fastattn import compiler
+    from fastattn import compiler, optim
     from fastattn.compiler.model import optimize
 
 __version__ = "0.1.0"
@@ -68,6 +69,7 @@ __all__ = [
     "compiler",
     "cross_entropy",
     "documents",
+    "embedding",
     "explain",
     "explain_with_kv_cache",
     "key_padding",
@@ -76,6 +78,7 @@ __all__ = [
     "linear_kl_div",
     "merge_attention",
     "mlp",
+    "optim",
     "optimize",
     "prefix",
     "relative_position",
@@ -87,11 +90,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`compiler` and `optimize`, which bring torch's compiler with them, when they are asked for."""
+    """What waits until it is asked for: `compiler` and `optimize` bring torch's compiler with them."""
     import importlib  # noqa: PLC0415
 
-    if name == "compiler":
-        return importlib.import_module("fastattn.compiler")
+    if name in ("compiler", "optim"):
+        return importlib.import_module(f"fastattn.{name}")
     if name == "optimize":
         return importlib.import_module("fastattn.compiler.model").optimize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -53,6 +53,16 @@ SOURCES: Final[dict[str, tuple[str, ...]]] = {
     "cross_entropy/avx2.cpp": _AVX2,
     "cross_entropy/avx512.cpp": _AVX512,
     "cross_entropy/wide.cpp": _AVX2,
+    "adamw/adamw.cpp": (),
+    "adamw/scalar.cpp": (),
+    "adamw/avx2.cpp": _AVX2,
+    "adamw/avx512.cpp": _AVX512,
+    "adamw/wide.cpp": _AVX2,
+    "embedding/embedding.cpp": (),
+    "embedding/scalar.cpp": (),
+    "embedding/avx2.cpp": _AVX2,
+    "embedding/avx512.cpp": _AVX512,
+    "embedding/wide.cpp": _AVX2,
 }
 # Not -ffast-math: it breaks masking by -inf. These three give the kernels what they need of it.
 _MATH: Final = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")

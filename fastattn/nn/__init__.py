@@ -1,6 +1,7 @@
 """Modules: they hold parameters, and no mathematics."""
 
 from fastattn.nn.attention import CausalSelfAttention, MultiheadAttention
+from fastattn.nn.embedding import TokenPositionEmbedding
 from fastattn.nn.linear import Linear
 from fastattn.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastattn.nn.mlp import MLP
@@ -14,4 +15,5 @@ __all__ = [
     "MLP",
     "MultiheadAttention",
     "RotaryEmbedding",
+    "TokenPositionEmbedding",
 ]
