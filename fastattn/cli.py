@@ -32,6 +32,7 @@ _COMMANDS: Final = {
     "explain-model": "tell which attentions of a model the compiler pass replaces, and why not the others",
     "compare": "train with the standard attention and with ours, side by side",
     "longcontext": "find the longest context that trains GPT-2 within a memory budget",
+    "report": "make one page of tables and plots from measured rows",
     "tune": "find block sizes for the GPU at hand, and write them to the tuning table",
     "bench": "run the benchmarks of a source checkout (--op, --length, --peers, ...: docs/benchmarks.md)",
 }
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", "fastattn"):
             raise
-        extra = {"bench": "bench", "tune": "triton"}.get(chosen or "", "train")
+        extra = {"bench": "bench", "report": "bench", "tune": "triton"}.get(chosen or "", "train")
         print(f"fastattn {chosen} needs {package}: pip install 'fastattn[{extra}]'", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `fastattn env | head`; nor may Python's own flush at exit fail on it
@@ -100,6 +101,8 @@ def _parse(argv: list[str], chosen: str | None) -> tuple[argparse.Namespace, lis
         _add(subparsers["train"], "fastattn.gpt2.train")
     elif chosen == "longcontext":
         _add(subparsers["longcontext"], "fastattn.gpt2.longcontext")
+    elif chosen == "report":
+        _add(subparsers["report"], "fastattn.report")
     elif chosen == "tune":
         _add(subparsers["tune"], "fastattn.tune")
     elif chosen == "explain-model":

@@ -142,7 +142,8 @@ MAY_IMPORT = {
     "gpu_check": {"gpt2", "integrations", "testing", *SPEAKS_TO_PEOPLE},
     "tune": {"_backends", "ops.library", "ops.triton", "testing", *SPEAKS_TO_PEOPLE},
     "gpt2": {"_build", "cli", "integrations", "compiler", "distributed", *SPEAKS_TO_PEOPLE},
-    "cli": {"_backends", "_build", "gpt2", "gpu_check", "tune", *SPEAKS_TO_PEOPLE},
+    "report": {"gpt2"},
+    "cli": {"_backends", "_build", "gpt2", "gpu_check", "report", "tune", *SPEAKS_TO_PEOPLE},
     "__main__": {"cli"},
 }
 BACKENDS = {"ops.reference", "ops.cpu", "ops.triton", "ops.hopper"}

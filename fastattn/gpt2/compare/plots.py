@@ -23,7 +23,7 @@ _LOOK: Final[dict[str, dict[str, Any]]] = {
 def write_plots(result: Mapping[str, Any], folder: Path) -> list[str]:
     """Draw speed.png, memory.png and loss.png; returns the names of those that had something to show."""
     written = []
-    for name, draw in (("speed.png", _speed), ("memory.png", _memory), ("loss.png", _loss)):
+    for name, draw in (("speed.png", _speed), ("memory.png", _memory), ("loss.png", draw_loss)):
         figure = draw(result)
         if figure is not None:
             figure.savefig(folder / name, dpi=130)
@@ -129,7 +129,7 @@ def _mark_out_of_memory(axes: Axes, points: list[dict[str, Any]]) -> None:
                 )
 
 
-def _loss(result: Mapping[str, Any]) -> Figure | None:
+def draw_loss(result: Mapping[str, Any]) -> Figure | None:
     """The curves at dropout 0 on each other, their differences, and the curves with dropout."""
     dropout = result["settings"]["dropout"]
     plain = _curves(result, "parity" if dropout > 0 else "train") if result["parity"]["steps"] else {}
@@ -137,7 +137,7 @@ def _loss(result: Mapping[str, Any]) -> Figure | None:
     panels = [curves for curves in (plain, noisy) if curves]
     if not panels:
         return None
-    figure = Figure(figsize=(5.5 * (len(panels) + bool(plain)), 4.2), layout="constrained")
+    figure = Figure(figsize=(11 if plain else 5.5, 4.0), layout="constrained")
     axes = iter(figure.subplots(1, len(panels) + bool(plain), squeeze=False)[0])
     if plain:
         _draw_curves(next(axes), plain, "dropout 0: the same batches and weights")
