@@ -7,6 +7,7 @@
 #include "attention/attention.h"
 #include "cross_entropy/cross_entropy.h"
 #include "embedding/embedding.h"
+#include "layer_norm/layer_norm.h"
 #include "linear/linear.h"
 #include "rotary/rotary.h"
 
@@ -53,6 +54,14 @@ STABLE_TORCH_LIBRARY(fastattn_cpu, m) {
   m.def(
       "embedding_gradient(Tensor dout, Tensor ids, Tensor order, Tensor? seed, int drop_threshold, int skip, "
       "int isa, Tensor(a!) grad) -> ()");
+  m.def(
+      "layer_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, "
+      "int drop_threshold, float eps, int isa, Tensor(a!) out, Tensor(b!)? z, Tensor(c!)? mean, "
+      "Tensor(d!) rstd) -> ()");
+  m.def(
+      "layer_norm_backward(Tensor dout, Tensor? dz, Tensor z, Tensor? weight, Tensor? mean, Tensor rstd, "
+      "Tensor? seed, int drop_threshold, int isa, Tensor(a!)? dx, Tensor(b!)? dresidual, "
+      "Tensor(c!)? dweight, Tensor(d!)? dbias) -> ()");
   m.def("isa_present() -> int");
   m.def("fma_loop(int steps, int isa) -> float");
 }
@@ -70,6 +79,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CPU, m) {
   m.impl("adamw_step", TORCH_BOX(&fastattn::adamw_step));
   m.impl("embedding", TORCH_BOX(&fastattn::embedding));
   m.impl("embedding_gradient", TORCH_BOX(&fastattn::embedding_gradient));
+  m.impl("layer_norm_forward", TORCH_BOX(&fastattn::layer_norm_forward));
+  m.impl("layer_norm_backward", TORCH_BOX(&fastattn::layer_norm_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn_cpu, CompositeExplicitAutograd, m) {

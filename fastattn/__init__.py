@@ -39,6 +39,7 @@ from fastattn.ops.choice import Explanation
 from fastattn.ops.cross_entropy import cross_entropy, linear_cross_entropy, linear_kl_div
 from fastattn.ops.embedding import embedding
 from fastattn.ops.explain import explain
+from fastattn.ops.layer_norm import dropout_add_layer_norm, dropout_add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.linear import linear
 from fastattn.ops.mlp import mlp
 from fastattn.ops.rotary import rotary
@@ -70,9 +71,12 @@ __all__ = [
     "cross_entropy",
     "documents",
     "embedding",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
     "explain",
     "explain_with_kv_cache",
     "key_padding",
+    "layer_norm",
     "linear",
     "linear_cross_entropy",
     "linear_kl_div",
@@ -82,6 +86,7 @@ __all__ = [
     "optimize",
     "prefix",
     "relative_position",
+    "rms_norm",
     "rotary",
     "scaled_dot_product_attention",
     "sliding_window",
