@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastattn.ops import gpu
 
-# Elements a program updates.
-_RUN: Final = 4096
+# Elements a program updates, and how many at a time: more do not fit its registers.
+_RUN: Final = 16384
+_BLOCK: Final = 1024
 _TYPES: Final = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -54,6 +55,7 @@ def step(
             1 - lr * weight_decay,
             TYPE=_TYPES[params[0].dtype],
             RUN=_RUN,
+            BLOCK=_BLOCK,
             num_warps=4,
         )
 
@@ -77,6 +79,7 @@ def _step(
     decay,
     TYPE: tl.constexpr,
     RUN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g²,
     p = decay p - step_size m / (sqrt(v) root + eps)."""
@@ -91,15 +94,17 @@ def _step(
     step_size = tl.load(scales + 2 * tensor)
     root = tl.load(scales + 2 * tensor + 1)
 
-    i = first + tl.arange(0, RUN)
-    inside = i < count
-    g = tl.load(grad + i, mask=inside, other=0.0).to(tl.float32) * tl.load(factor)
-    m = tl.load(exp_avg + i, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(exp_avg_sq + i, mask=inside, other=0.0).to(tl.float32)
-    p = tl.load(param + i, mask=inside, other=0.0).to(tl.float32) * decay
-    m += (g - m) * (1 - beta1)
-    v = v * beta2 + g * g * (1 - beta2)
-    p -= step_size * m / (tl.sqrt_rn(v) * root + eps)
-    tl.store(param + i, p.to(TYPE), mask=inside)
-    tl.store(exp_avg + i, m.to(TYPE), mask=inside)
-    tl.store(exp_avg_sq + i, v.to(TYPE), mask=inside)
+    scale = tl.load(factor)
+    for block in range(0, RUN, BLOCK):
+        i = first + block + tl.arange(0, BLOCK)
+        inside = i < count
+        g = tl.load(grad + i, mask=inside, other=0.0).to(tl.float32) * scale
+        m = tl.load(exp_avg + i, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(exp_avg_sq + i, mask=inside, other=0.0).to(tl.float32)
+        p = tl.load(param + i, mask=inside, other=0.0).to(tl.float32) * decay
+        m += (g - m) * (1 - beta1)
+        v = v * beta2 + g * g * (1 - beta2)
+        p -= step_size * m / (tl.sqrt_rn(v) * root + eps)
+        tl.store(param + i, p.to(TYPE), mask=inside)
+        tl.store(exp_avg + i, m.to(TYPE), mask=inside)
+        tl.store(exp_avg_sq + i, v.to(TYPE), mask=inside)

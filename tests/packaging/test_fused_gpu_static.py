@@ -1,0 +1,37 @@
+"""The Triton kernels of rotary, embedding and AdamW as compilers leave them: nothing spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fastattn.testing.compiled import Kernel
+
+SCRIPT = Path(__file__).with_name("fused_kernels.py")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+KINDS = 10  # of launches in the script
+
+
+@pytest.mark.slow
+def test_compiles_well() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *TARGETS],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [Kernel(**kernel) for kernel in json.loads(done.stdout)]
+    assert len(found) == len(TARGETS) * KINDS
+    for kernel in found:
+        assert kernel.spills == kernel.stack == 0, kernel
