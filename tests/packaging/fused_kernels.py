@@ -1,4 +1,4 @@
-"""Compile the kernels of rotary, embedding and AdamW for the GPU targets in argv; JSON of what they became."""
+"""Compile the kernels of rotary, embedding and AdamW for the GPU targets in argv; JSON of the results."""
 
 from __future__ import annotations
 
