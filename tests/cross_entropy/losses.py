@@ -81,7 +81,11 @@ def textbook_kl_div(
 
 
 def assert_right(
-    ours: Callable[..., Tensor], plain: Callable[..., Tensor], tensors: dict[str, Tensor], dtype: torch.dtype
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    rounded: bool = False,
 ) -> None:
     """Loss and every gradient within the error budget.
 
@@ -89,6 +93,7 @@ def assert_right(
         ours, plain: take the tensors by name.
         tensors: in float64; of which gradients are taken.
         dtype: what ours and plain are given them in.
+        rounded: ours rounds logits to that dtype, so that its loss in float32 has their rounding.
     """
 
     def results(function: Callable[..., Tensor], given: torch.dtype) -> list[Tensor]:
@@ -106,7 +111,14 @@ def assert_right(
     scale = max(float(x.abs().max()) for x in exact)
     assert_within_budget(
         [
-            Errors(name, _distance(a, c), _distance(b, c), float(c.abs().max()), a.dtype, scale)
+            Errors(
+                name,
+                _distance(a, c),
+                _distance(b, c),
+                float(c.abs().max()),
+                dtype if rounded else a.dtype,
+                scale,
+            )
             for name, a, b, c in zip(names, found, near, exact, strict=True)
         ]
     )

@@ -57,6 +57,19 @@ def test_against_torch(backend: str, dtype: torch.dtype, feature: str) -> None:
             assert_right(ours, partial(plain, **given), tensors, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.usefixtures("chunks_of_three")
+def test_torchs_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch multiplies numbers of 16 bits faster, the logits are of them too."""
+    monkeypatch.setenv("FASTATTN_GEMM", "torch")
+    monkeypatch.setattr(cpu, "_PRODUCT_ROWS", 40)
+    for shape, reduction in SHAPES:
+        tensors, target = problem(*shape)
+        given = {"target": target, "reduction": reduction, "label_smoothing": 0.1}
+        ours = partial(linear_cross_entropy, backend="cpu", **given)
+        assert_right(ours, partial(plain, **given), tensors, dtype, rounded=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("dtype", "reduction"),

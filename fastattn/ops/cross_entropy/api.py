@@ -95,7 +95,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`cross_entropy` of ``x @ weightᵀ + bias``, logits that are never held: a model's head and loss in one.
 
-    The logits and their gradient are made and used up a chunk of rows at a time, in float32. With reduction
+    The logits and their gradient are made and used up a chunk of rows at a time, in float32 (in x's dtype on
+    CPUs whose own product of it is faster); the sums of the loss are always in float32. With reduction
     ``"mean"`` or ``"sum"`` forward makes the gradients at once (three matrix products in all); with
     ``"none"`` backward makes the logits again.
 
@@ -284,7 +285,7 @@ def _as_target(target: Tensor, x: Tensor, shape: torch.Size, classes: int) -> Te
         )
     if target.device != x.device:
         raise ValueError(f"target: expected it on {x.device}, got {target.device}")
-    return target.long()
+    return target if target.dtype == torch.int64 else target.long()
 
 
 def _as_class_weight(weight: Tensor | None, logits: Tensor) -> Tensor | None:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from fastattn import _backends
-from fastattn.ops.cross_entropy.chunks import Chunks, Gradients
+from fastattn.ops.cross_entropy.chunks import Chunks, Gradients, MatMul
 from fastattn.ops.cross_entropy.targets import check_targets
-from fastattn.ops.linear.cpu import matmul
+from fastattn.ops.linear import measured
+from fastattn.ops.linear.cpu import gemm, matmul
 
 # The logits of a chunk in float32: enough rows that packing the weight anew for each is of no account.
 _LOGITS_BYTES: Final = 64 << 20
+_PRODUCT_ROWS: Final = 8192
 
 
 def forward(
@@ -84,19 +86,40 @@ def _linear_cross_entropy(
     *options, wanted = rest
     (rows, _), classes = x.shape, weight.shape[0]
     x, weight = _unit(x), _unit(weight)
-    chunks = Chunks(rows, _LOGITS_BYTES // (4 * classes))
-    buffer = x.new_empty((chunks.size, classes), dtype=torch.float32)
+    product, dtype = _product(x, weight)
+    chunks = Chunks(rows, _LOGITS_BYTES // (dtype.itemsize * classes))
+    buffer = x.new_empty((chunks.size, classes), dtype=dtype)
     loss, lse = (x.new_empty((rows,), dtype=torch.float32) for _ in range(2))
-    grads = Gradients(x, weight, chunks.count, wanted, matmul)
+    grads = Gradients(x, weight, chunks.count, wanted, product)
     for chunk in chunks:
         logits = buffer[: chunk.stop - chunk.start]
-        matmul(x[chunk], weight.t(), logits, bias=bias)
+        product(x[chunk], weight.t(), logits, bias=bias)
         of_chunk = dloss[chunk] if wanted and dloss is not None else None
         dlogits = logits if wanted else None
         _rows(logits, target[chunk], None, of_chunk, tuple(options), loss[chunk], lse[chunk], dlogits)
         if wanted:
             grads.add(chunk, logits)
     return loss, *grads.all()
+
+
+def _product(x: Tensor, weight: Tensor) -> tuple[MatMul, torch.dtype]:
+    """What multiplies, and the logits' dtype: float32, or x's where torch's product of it is faster."""
+    if x.dtype == torch.float32 or measured.choice(x, weight.t(), x, gemm).ours:
+        return matmul, torch.float32
+    return _torchs_product, x.dtype
+
+
+def _torchs_product(
+    a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, accumulate: bool = False
+) -> Tensor:
+    """As `matmul`; of 16 bits into float32 some rows at a time, for torch has that into 16 bits alone."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+    if not accumulate:
+        out.zero_()
+    for rows, of_a in zip(out.split(_PRODUCT_ROWS), a.split(_PRODUCT_ROWS), strict=True):
+        rows.add_(of_a @ b)
+    return out
 
 
 def linear_kl_div(
