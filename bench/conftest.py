@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 import fastattn
 from bench import rows
+from bench.against import kept
 from bench.ceilings import measure
 from bench.tidy import RUN, isa_of, translate
 from fastattn import _backends
@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--all-cases", action="store_true", help="every case, not the short list")
     group.addoption("--seconds", type=float, default=4.0, help="timed seconds a case, about (default 4)")
     group.addoption("--no-memory", action="store_true", help="leave out peak memory, a process for each")
+    group.addoption("--against", help="a file of tidy rows, or a commit: how much faster or slower this is")
     group.addoption("--rows", type=Path, help="folder of the tidy rows (default bench/results/runs)")
 
 
@@ -62,6 +63,26 @@ def _listen(file_name: str, row: Any) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     rows.LISTENERS.clear()
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """Against a commit other processes measure, and no benchmark of this one is run."""
+    ref = config.getoption("--against")
+    if ref is None or Path(ref).is_file():
+        return None
+    from bench.against import paired
+
+    if config.getoption("--device") == "cuda":
+        raise pytest.UsageError("--against a commit measures the CPU; take a file for a GPU")
+    config._do_configure()
+    sizes = [int(n) for n in words(config, "--length") or [str(paired.SIZE)]]
+    passes = words(config, "passes") or ["forward", "both"]
+    try:
+        paired.compare(ref, print, words(config, "--op"), sizes, passes, config.getoption("--seconds"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+    print(f"{len(RUN.rows)} rows in {RUN.close()}")
+    return 0
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -129,7 +150,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         machine_info["gpu"] = {"name": torch.cuda.get_device_name(), **dict(details(dry_run=False))}
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> Iterator[None]:
-    path = RUN.close()
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    path, older = RUN.close(), config.getoption("--against")
     if path is not None:
         terminalreporter.write_line(f"{len(RUN.rows)} rows in {path}")
+    for line in kept.lines(Path(older), RUN.rows) if older is not None else ():
+        terminalreporter.write_line(line)

@@ -1,9 +1,9 @@
-"""Peak memory of one implementation and pass on a CPU, in a process of its own.
+"""Peak memory of one implementation on a CPU, in a process of its own.
 
-    python -m bench.memory CASE PEER PASS
+    python -m bench.memory CASE PEER PASSES
 
-CASE is JSON of `fastattn.gpu_check.peers.Case`. Prints the bytes by which the process grew at its highest
-beyond holding q, k, v and the output's gradient; nothing where the system does not tell.
+CASE is JSON of `fastattn.gpu_check.peers.Case`. Prints, for each pass, the bytes by which the process grew at
+its highest beyond holding q, k, v and the output's gradient; nothing where the system does not tell.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -25,29 +26,32 @@ from fastattn.gpu_check.peers import Case, Inputs
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def peak_mb(case: Case, peer: str, whole: str) -> float | None:
-    """10^6 bytes, of ``forward`` without a graph or ``both``; None where it failed or can't be known."""
+@cache
+def peaks_mb(case: Case, peer: str, wholes: tuple[str, ...]) -> dict[str, float]:
+    """10^6 bytes of each of ``forward`` without a graph and ``both``; those that can be known."""
     given = asdict(case) | {"dtype": str(case.dtype).removeprefix("torch.")}
-    command = [sys.executable, "-m", "bench.memory", json.dumps(given), peer, whole]
+    command = [sys.executable, "-m", "bench.memory", json.dumps(given), peer, ",".join(wholes)]
     # What is freed goes back to the system, whatever was freed before.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    found = done.stdout.strip()
-    return round(int(found) / 1e6, 1) if done.returncode == 0 and found else None
+    found = [line.split() for line in done.stdout.splitlines()]
+    return {line[0]: round(int(line[1]) / 1e6, 1) for line in found if len(line) == 2 and line[0] in wholes}
 
 
 def main() -> None:
-    given, peer, whole = sys.argv[1:]
+    given, peer, wholes = sys.argv[1:]
     fields = json.loads(given)
     case = Case(**fields | {"dtype": getattr(torch, fields["dtype"])})
-    make, training, device = PEERS[peer].make, whole == "both", torch.device("cpu")
-    # What is compiled, and set up once, is not of the call.
+    make, device = PEERS[peer].make, torch.device("cpu")
     small = Inputs(replace(case, length=min(case.length, 8 * case.count)), device, compiles=True)
-    results(make(small, "cpu"), small, training)
     inputs = Inputs(case, device, compiles=True)
     attention = make(inputs, "cpu")
-    grown = peak_growth(lambda: results(attention, inputs, training))
-    print("" if grown is None else grown)
+    for whole in wholes.split(","):
+        training = whole == "both"
+        results(make(small, "cpu"), small, training)  # what is set up once is not of the call
+        grown = peak_growth(partial(results, attention, inputs, training))
+        if grown is not None:
+            print(whole, grown, flush=True)
 
 
 if __name__ == "__main__":

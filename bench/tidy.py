@@ -27,14 +27,8 @@ LEFT_OUT = (
     *("date", "machine", "cpu", "gpu", "torch", "fastattn", "transformers"),
     *("speedup", "share_of_copy", "share_of_saving", "cost_of_pair", "q_mb", "pass_ms", "first_step_ms"),
 )
-# Files whose name is not their operation.
-OPS = {
-    "attention_memory": "attention",
-    "attention_features": "attention",
-    "attention_density": "attention",
-    "gpt2_step": "gpt2",
-    "compiler_step": "gpt2",
-}
+# Files that are not of the operation that their name begins with.
+OPS = {"compiler_step": "gpt2"}
 
 
 class Run:
@@ -104,7 +98,8 @@ def isa_of(implementation: str, device: str = "cpu") -> str:
 def translate(file_name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a suite's own file as a tidy one; what it says of the problem beyond columns is `extra`."""
     stem = file_name.removesuffix(".csv")
-    found: dict[str, Any] = {"op": OPS.get(stem, stem), "status": "ok"}
+    folders = [path.name for path in rows.RESULTS.parent.iterdir() if stem.startswith(f"{path.name}_")]
+    found: dict[str, Any] = {"op": OPS.get(stem) or max(folders, key=len, default=stem), "status": "ok"}
     more: dict[str, Any] = {}
     for name, value in row.items():
         key = RENAMED.get(name, name)

@@ -27,6 +27,8 @@ CLOCK = Clock()
 KINDS = {"causal": "causal", "none": "full", "window": "window", "documents": "documents", "alibi": "alibi"}
 # Where float64 takes longer than the race, what is checked is a shorter one.
 CHECKED_AT = 2048
+# Shorter ones are as large as what the allocator rounds to.
+MEASURED_FROM = 1024
 Problem = tuple[str, torch.dtype, int, int]  # mask, dtype, length, head_dim
 F32, BF16 = torch.float32, torch.bfloat16
 SHORT: dict[str, list[Problem]] = {
@@ -74,6 +76,7 @@ class Kept(Report):
 
     problem: Case | None = None
     memory: bool = True
+    wholes: tuple[str, ...] = ("forward", "both")
 
     def row(self, **columns: Any) -> None:
         case, name, which = self.problem, columns["implementation"], columns.pop("passes", "")
@@ -88,7 +91,7 @@ class Kept(Report):
         columns.pop("tflops", None)
         ok = columns.get("status") == "ok"
         if self.machine.on_cpu and self.memory and ok and which != "backward":
-            peak = memory.peak_mb(case, name, which)
+            peak = memory.peaks_mb(case, name, self.wholes).get(which)
         if clock:
             columns["note"] = "; ".join(filter(None, (columns.get("note"), f"{clock} MHz")))
         problem = {
@@ -164,7 +167,8 @@ def test_peers(
     if case.length > LOOP_LENGTH and option("--peers") is None:
         peers.pop("python loop", None)
     report = Kept(case.name, machine, backend, option("--seconds"), problem=case)
-    report.memory = not option("--no-memory")
+    report.memory = not option("--no-memory") and case.length >= MEASURED_FROM
+    report.wholes = tuple(one for one in passes if one != "backward")
     checked_at = CHECKED_AT if machine.on_cpu else None
     ours = race(report, case, peers, passes, checked_at)
     bad = [row for row in report.rows if row["implementation"] == OURS and row["status"] != "ok"]

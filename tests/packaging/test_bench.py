@@ -69,6 +69,8 @@ def test_a_suites_own_rows_become_tidy() -> None:
     assert found["op"] == "attention" and found["pass"] == "both" and found["p50_ms"] == 2.0
     assert found["extra"] == '{"feature":"alibi"}'
     assert set(found) <= set(rows.COLUMNS)
+    assert tidy.translate("decode.csv", row)["op"] == "decode"
+    assert tidy.translate("compiler_step.csv", row)["op"] == "gpt2"
 
 
 @pytest.mark.parametrize("kind", peers.KINDS)

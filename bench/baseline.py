@@ -1,0 +1,218 @@
+"""What each operation does, counted, not timed: the guard against a slow-down that a busy machine would hide.
+
+    python -m bench.baseline            # what is different from bench/baseline.json
+    python -m bench.baseline --write    # take what is counted now for the baseline
+
+Per call of `bench.calls`: ``flops`` of forward and backward by torch's counter, ``saved`` bytes for backward
+beyond inputs, ``ops`` that go through the dispatcher, and the ``peak`` of bytes allocated, scratch of the C++
+kernels included; on one thread, by the cpu backend with its AVX2 kernels. Where valgrind is, also the
+``instructions`` of attention's call, Python's included, within 3 %: they are those of one compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import calls
+from fastattn import _backends, _build
+from fastattn.testing import force_isa
+
+PATH = Path(__file__).resolve().parent / "baseline.json"
+ROOT = PATH.parent.parent
+SIZE = 192
+ISA = "avx2"
+TOLERANCE = 0.03
+# Whose instructions are counted: torch takes valgrind twenty seconds to load, and each call some more.
+INSTRUCTIONS = ("attention causal",)
+_NOT_OPS = ("autograd::", "torch::autograd::")
+
+
+@contextmanager
+def fixed() -> Iterator[None]:
+    """One thread, AVX2, our matrix product, and no memory filled for a test: what counts would depend on."""
+    threads, asked = torch.get_num_threads(), os.environ.get("FASTATTN_GEMM")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
+    os.environ["FASTATTN_GEMM"] = "ours"
+    try:
+        with force_isa(ISA):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warned_only)
+        if asked is None:
+            del os.environ["FASTATTN_GEMM"]
+        else:
+            os.environ["FASTATTN_GEMM"] = asked
+
+
+def count(name: str) -> dict[str, int]:
+    """flops, saved, ops and peak of one call, forward and backward, the second of its kind."""
+    call = calls.make(name, SIZE)
+    call.both()
+    with FlopCounterMode(display=False) as counter:
+        call.both()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call.both()
+    ops, held, peak = 0, 0, 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+        elif "::" in event.name() and not event.name().startswith(_NOT_OPS):
+            ops += 1
+    return {"flops": counter.get_total_flops(), "saved": _saved(call), "ops": ops, "peak": peak}
+
+
+def _saved(call: calls.Call) -> int:
+    """Bytes of the storages that the graph holds for backward, inputs' own left out."""
+    found: dict[int, int] = {}
+    kept: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x)  # so that no two storages have one address
+        found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        call.function(*call.leaves)
+    inputs = {x.untyped_storage().data_ptr() for x in call.leaves}
+    return sum(size for address, size in found.items() if address not in inputs)
+
+
+_CLIENT = """
+#include <valgrind/callgrind.h>
+void start(void) { CALLGRIND_START_INSTRUMENTATION; }
+void zero(void) { CALLGRIND_ZERO_STATS; }
+void dump(const char *name) { CALLGRIND_DUMP_STATS_AT(name); }
+"""
+# All are warm before any is counted: to start counting makes valgrind translate the whole program again.
+_COUNTED = """
+import ctypes, gc, sys
+import torch
+from bench import calls
+from bench.baseline import SIZE
+torch.set_num_threads(1)
+client = ctypes.CDLL(sys.argv[1])
+made = {name: calls.make(name, SIZE) for name in sys.argv[2:]}
+for call in made.values():
+    call.both()
+gc.disable()
+client.start()
+for name, call in made.items():
+    client.zero()
+    call.both()
+    client.dump(name.encode())
+"""
+
+
+def missing_for_instructions() -> str | None:
+    """Why instructions can't be counted here; None where they can."""
+    if shutil.which("valgrind") is None:
+        return "valgrind is not installed"
+    if shutil.which("cc") is None or not Path("/usr/include/valgrind/callgrind.h").exists():
+        return "valgrind's header, or a C compiler, is not installed"
+    if _backends.unavailable("cpu"):
+        return "the compiled kernels are not here"
+    return None
+
+
+def instructions(names: Sequence[str] = INSTRUCTIONS) -> dict[str, int]:
+    """Of one call each, forward and backward, the second of its kind, in a process under valgrind."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, client = Path(folder) / "client.c", Path(folder) / "client.so"
+        source.write_text(_CLIENT)
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", client, source], check=True)
+        command = ["valgrind", "--tool=callgrind", "--instr-atstart=no"]
+        command += [f"--callgrind-out-file={folder}/out", sys.executable, "-c", _COUNTED, str(client), *names]
+        environment = os.environ | {
+            "FASTATTN_ISA": ISA,
+            "FASTATTN_GEMM": "ours",
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "PYTHONHASHSEED": "0",
+            "PYTHONPATH": str(ROOT),
+        }
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"valgrind: {done.stderr[-2000:]}")
+        found = {}
+        for path in Path(folder).glob("out*"):
+            text = path.read_text()
+            name = re.search(r"^desc: Trigger: Client Request: (.+)$", text, re.MULTILINE)
+            total = re.search(r"^(?:totals|summary): (\d+)", text, re.MULTILINE)
+            if name is not None and total is not None:
+                found[name[1]] = int(total[1])
+        return found
+
+
+def differences(want: dict[str, Any], got: dict[str, int]) -> list[str]:
+    """What of a call is not as kept: instructions within the tolerance, the others to the byte."""
+    found = []
+    for key, value in got.items():
+        kept = want.get(key)
+        near = kept is not None and abs(value - kept) <= (TOLERANCE * kept if key == "instructions" else 0)
+        if not near:
+            change = f" ({value / kept - 1:+.1%})" if kept else ""
+            found.append(f"{key}: expected {kept}, got {value}{change}")
+    return found
+
+
+def versions() -> dict[str, str]:
+    """What the counts depend on: ops on torch, instructions on the compiler too."""
+    return {
+        "torch": ".".join(str(torch.__version__).split(".")[:2]),
+        "compiler": _build.find_compiler().version,
+        "python": platform.python_version(),
+    }
+
+
+def measure() -> dict[str, Any]:
+    """All there is to count of all calls."""
+    with fixed():
+        found = {name: count(name) for name in calls.here()}
+    if missing_for_instructions() is None:
+        for name, number in instructions().items():
+            found[name]["instructions"] = number
+    return {"size": SIZE, **versions(), "calls": found}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.baseline", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--write", action="store_true", help="take what is counted now for the baseline")
+    write, found = parser.parse_args().write, measure()
+    if write:
+        PATH.write_text(json.dumps(found, indent=1) + "\n")
+        return 0
+    kept = json.loads(PATH.read_text())["calls"]
+    lines = [
+        f"{name}: {x}" for name, got in found["calls"].items() for x in differences(kept.get(name, {}), got)
+    ]
+    print("\n".join(lines) or "as in the baseline")
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

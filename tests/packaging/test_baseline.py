@@ -1,0 +1,57 @@
+"""What operations do is what bench/baseline.json keeps: FLOPs, bytes, calls, allocations, instructions."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from bench import baseline, calls
+from fastattn.testing import present_isas
+
+KEPT: dict[str, Any] = json.loads(baseline.PATH.read_text())
+RENEW = "if that is meant: python -m bench.baseline --write"
+needs_avx2 = pytest.mark.skipif(
+    baseline.ISA not in present_isas(), reason="the baseline is of the AVX2 kernels, which are not here"
+)
+
+
+def test_every_call_is_kept() -> None:
+    assert calls.here() == list(KEPT["calls"]), RENEW
+
+
+@needs_avx2
+@pytest.mark.parametrize("name", KEPT["calls"])
+def test_counts(name: str) -> None:
+    with baseline.fixed():
+        found = baseline.count(name)
+    if baseline.versions()["torch"] != KEPT["torch"]:  # how torch gets to our ops is its own affair
+        found.pop("ops")
+    wrong = baseline.differences(KEPT["calls"][name], found)
+    assert not wrong, f"{'; '.join(wrong)}: {RENEW}"
+
+
+@needs_avx2
+@pytest.mark.slow
+def test_instructions() -> None:
+    missing = baseline.missing_for_instructions()
+    if missing is not None:
+        pytest.skip(missing)
+    here = baseline.versions()
+    other = [f"{key} {KEPT[key]}, not {here[key]}" for key in here if here[key] != KEPT[key]]
+    if other:
+        pytest.skip(f"the baseline is of {', '.join(other)}")
+    for name, number in baseline.instructions().items():
+        wrong = baseline.differences(KEPT["calls"][name], {"instructions": number})
+        assert not wrong, f"{name}: {'; '.join(wrong)}: {RENEW}"
+
+
+def test_differences() -> None:
+    kept = {"flops": 100, "ops": 7, "instructions": 1000}
+    assert baseline.differences(kept, {"flops": 100, "ops": 7, "instructions": 1029}) == []
+    assert baseline.differences(kept, {"ops": 8, "instructions": 1031}) == [
+        "ops: expected 7, got 8 (+14.3%)",
+        "instructions: expected 1000, got 1031 (+3.1%)",
+    ]
+    assert baseline.differences({}, {"peak": 5}) == ["peak: expected None, got 5"]
