@@ -7,6 +7,7 @@ Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
@@ -19,9 +20,16 @@ from torch.utils.checkpoint import checkpoint
 from fastattn.gpt2.config import GPT2Config
 from fastattn.ops.attention import attention as tiled_attention
 from fastattn.ops.attention import causal
+from fastattn.ops.cross_entropy import linear_cross_entropy
+from fastattn.ops.embedding import embedding
+from fastattn.ops.layer_norm import dropout_add_layer_norm, layer_norm
+from fastattn.ops.linear import linear
+from fastattn.ops.mlp import mlp
 from fastattn.ops.rotary import rotary
 
 AttentionKind = Literal["standard", "sdpa", "fastattn"]
+# What besides attention fastattn's operations may do; the others are plain PyTorch.
+FUSED: Final = ("embedding", "norm", "linear", "mlp", "loss")
 Angles = tuple[Tensor, Tensor]  # cosines and sines [L, head_dim / 2] of rotary positions
 _ROTARY_BASE: Final = 10_000.0
 
@@ -49,12 +57,15 @@ class KVCache:
 class Conv1D(nn.Module):
     """A linear layer whose weight is stored ``[in, out]``, as in OpenAI's checkpoints."""
 
-    def __init__(self, n_in: int, n_out: int) -> None:
+    def __init__(self, n_in: int, n_out: int, fused: bool) -> None:
         super().__init__()
+        self.fused = fused
         self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return linear(x, self.weight.t(), self.bias)
         return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
 
 
@@ -69,12 +80,11 @@ def _angles(length: int, head_dim: int) -> Angles:
 class Attention(nn.Module):
     """Causal self-attention behind one packed projection, computed as `kind` says."""
 
-    def __init__(self, config: GPT2Config, layer: int, kind: AttentionKind) -> None:
+    def __init__(self, config: GPT2Config, layer: int, kind: AttentionKind, fused: Collection[str]) -> None:
         super().__init__()
         self.layer, self.kind, self.n_head, self.attn_pdrop = layer, kind, config.n_head, config.attn_pdrop
-        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd, "linear" in fused)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd, "linear" in fused)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, angles: Angles | None = None) -> Tensor:
         q, k, v = rearrange(self.c_attn(x), "b l (qkv h d) -> qkv b h l d", qkv=3, h=self.n_head).unbind(0)
@@ -91,8 +101,8 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, keep, dropout_p=dropout, is_causal=square)
         else:
             out = _standard_attention(q, k, v, dropout)
-        merged: Tensor = self.resid_dropout(self.c_proj(rearrange(out, "b h l d -> b l (h d)")))
-        return merged
+        projected: Tensor = self.c_proj(rearrange(out, "b h l d -> b l (h d)"))
+        return projected
 
 
 def _keep(q: Tensor, k: Tensor) -> Tensor:
@@ -111,40 +121,69 @@ def _standard_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tens
 class MLP(nn.Module):
     """Four times wider in between, with the tanh form of GELU."""
 
-    def __init__(self, config: GPT2Config) -> None:
+    def __init__(self, config: GPT2Config, fused: Collection[str]) -> None:
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = Conv1D(config.n_embd, n_inner)
-        self.c_proj = Conv1D(n_inner, config.n_embd)
-        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.fused = "mlp" in fused
+        self.c_fc = Conv1D(config.n_embd, n_inner, "linear" in fused)
+        self.c_proj = Conv1D(n_inner, config.n_embd, "linear" in fused)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        if self.fused:
+            w1, w2 = self.c_fc.weight.t(), self.c_proj.weight.t()
+            return mlp(x, w1, self.c_fc.bias, w2, self.c_proj.bias, "gelu_tanh")
+        out: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
         return out
+
+
+class AddNorm(nn.LayerNorm):
+    """``layer_norm(z)`` and ``z = residual + dropout(x)``; the dropout is that of the branch x came from."""
+
+    def __init__(self, config: GPT2Config, fused: Collection[str]) -> None:
+        super().__init__(config.n_embd, eps=config.layer_norm_epsilon)
+        self.fused, self.p = "norm" in fused, config.resid_pdrop
+
+    def forward(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if x is None:
+            norm = layer_norm if self.fused else F.layer_norm
+            return norm(residual, self.normalized_shape, self.weight, self.bias, self.eps), residual
+        dropout = self.p if self.training else 0.0
+        if self.fused:
+            out, residual = dropout_add_layer_norm(
+                x, residual, self.weight, self.bias, dropout=dropout, eps=self.eps, prenorm=True
+            )
+            return out, residual
+        residual = residual + F.dropout(x, dropout)
+        return super().forward(residual), residual
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a layer norm and beside a residual."""
+    """Attention and MLP, each behind a layer norm. What they give is added to the residual with the norm that
+    follows, so that it is read and written once."""
 
-    def __init__(self, config: GPT2Config, layer: int, kind: AttentionKind) -> None:
+    def __init__(self, config: GPT2Config, layer: int, kind: AttentionKind, fused: Collection[str]) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config, layer, kind)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+        self.ln_1 = AddNorm(config, fused)
+        self.attn = Attention(config, layer, kind, fused)
+        self.ln_2 = AddNorm(config, fused)
+        self.mlp = MLP(config, fused)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, angles: Angles | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, angles)
-        out: Tensor = x + self.mlp(self.ln_2(x))
-        return out
+    def forward(
+        self, x: Tensor | None, residual: Tensor, cache: KVCache | None = None, angles: Angles | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the block before gave and the residual it is to be added to; the same of this one."""
+        x, residual = self.ln_1(x, residual)
+        x, residual = self.ln_2(self.attn(x, cache, angles), residual)
+        return self.mlp(x), residual
 
 
 class Transformer(nn.Module):
     """Embeddings, blocks and the last layer norm: all but the language-model head."""
 
-    def __init__(self, config: GPT2Config, kind: AttentionKind) -> None:
+    def __init__(self, config: GPT2Config, kind: AttentionKind, fused: Collection[str]) -> None:
         super().__init__()
         self.gradient_checkpointing = False
+        self.fused, self.embd_pdrop = "embedding" in fused, config.embd_pdrop
         self.cos: Tensor
         self.sin: Tensor
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -154,9 +193,8 @@ class Transformer(nn.Module):
             cos, sin = _angles(config.n_positions, config.head_dim)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
-        self.drop = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(Block(config, layer, kind) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.h = nn.ModuleList(Block(config, layer, kind, fused) for layer in range(config.n_layer))
+        self.ln_f = AddNorm(config, fused)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         past = 0 if cache is None else cache.length
@@ -165,21 +203,25 @@ class Transformer(nn.Module):
             raise ValueError(f"ids: expected at most n_positions {most} tokens, got {end}")
         if cache is not None and end > cache.capacity:
             raise ValueError(f"ids: expected at most the cache's {cache.capacity} tokens, got {end}")
-        x, angles = self.wte(ids), None
-        if self.wpe is None:
-            angles = self.cos[past:end], self.sin[past:end]
-        else:
-            x = x + self.wpe(torch.arange(past, end, device=ids.device))
-        x = self.drop(x)
+        angles = (self.cos[past:end], self.sin[past:end]) if self.wpe is None else None
+        x, residual = None, self._embed(ids, past)
         for block in self.h:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, cache, angles, use_reentrant=False)
+                x, residual = checkpoint(block, x, residual, cache, angles, use_reentrant=False)
             else:
-                x = block(x, cache, angles)
+                x, residual = block(x, residual, cache, angles)
         if cache is not None:
             cache.length = end
-        hidden: Tensor = self.ln_f(x)
+        hidden: Tensor = self.ln_f(x, residual)[0]
         return hidden
+
+    def _embed(self, ids: Tensor, past: int) -> Tensor:
+        dropout = self.embd_pdrop if self.training else 0.0
+        places = None if self.wpe is None else self.wpe.weight[past : past + ids.shape[1]]
+        if self.fused:
+            return embedding(ids, self.wte.weight, position_weight=places, dropout=dropout)
+        x = self.wte(ids)
+        return F.dropout(x if places is None else x + places, dropout)
 
 
 class GPT2(nn.Module):
@@ -189,6 +231,9 @@ class GPT2(nn.Module):
         config: sizes; see `config_of` for the published ones.
         attention: ``"fastattn"`` (tiled, no L×L memory, dropout in the kernel), ``"sdpa"``
             (`F.scaled_dot_product_attention`) or ``"standard"`` (scores and probabilities in memory).
+        fused: which of ``"embedding"``, ``"norm"`` (with dropout and residual), ``"linear"``, ``"mlp"`` and
+            ``"loss"`` are fastattn's operations, the others being plain PyTorch; None for all of them where
+            attention is, and none where it is not.
 
     Example:
         >>> model = GPT2(GPT2Config(vocab_size=257, n_embd=32, n_layer=1, n_head=2)).eval()
@@ -196,12 +241,23 @@ class GPT2(nn.Module):
         torch.Size([1, 2, 257])
     """
 
-    def __init__(self, config: GPT2Config, attention: AttentionKind = "fastattn") -> None:
+    def __init__(
+        self,
+        config: GPT2Config,
+        attention: AttentionKind = "fastattn",
+        fused: Collection[str] | None = None,
+    ) -> None:
         super().__init__()
         if attention not in get_args(AttentionKind):
             raise ValueError(f"attention: expected one of {list(get_args(AttentionKind))}, got {attention!r}")
+        if fused is None:
+            fused = FUSED if attention == "fastattn" else ()
+        unknown = sorted(set(fused) - set(FUSED))
+        if unknown or isinstance(fused, str):
+            raise ValueError(f"fused: expected some of {list(FUSED)}, got {fused!r}")
         self.config = config
-        self.transformer = Transformer(config, attention)
+        self.fused = tuple(name for name in FUSED if name in fused)
+        self.transformer = Transformer(config, attention, self.fused)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         for name, parameter in self.named_parameters():
@@ -222,7 +278,12 @@ class GPT2(nn.Module):
             ValueError: more tokens than positions.
         """
         x = self.transformer(ids, cache)
-        logits: Tensor = self.lm_head(x[:, -1:] if last_only else x)
+        return self._logits(x[:, -1:] if last_only else x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if "linear" in self.fused:
+            return linear(x, self.lm_head.weight)
+        logits: Tensor = self.lm_head(x)
         return logits
 
     def loss(self, ids: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -232,9 +293,12 @@ class GPT2(nn.Module):
             ids: int64 ``[B, L]``.
             targets: int64 ``[B, L]``, the token after each; -100 is left out of the mean.
             chunk: at most this many tokens' logits are held at a time, and made again in the backward
-                pass; None holds all of them, ``B · L · vocab_size`` numbers.
+                pass; None holds all of them, ``B · L · vocab_size`` numbers. The fused loss never does, and
+                makes none again.
         """
         hidden, flat = self.transformer(ids).flatten(0, 1), targets.flatten()
+        if "loss" in self.fused:
+            return linear_cross_entropy(hidden, self.lm_head.weight, flat)
         if chunk is None or len(flat) <= chunk:
             return self._summed_loss(hidden, flat) / (flat != -100).sum()
         parts = zip(torch.split(hidden, chunk), torch.split(flat, chunk), strict=True)
@@ -242,7 +306,7 @@ class GPT2(nn.Module):
         return torch.stack(sums).sum() / (flat != -100).sum()
 
     def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
+        return F.cross_entropy(self._logits(hidden).float(), targets, reduction="sum")
 
     @torch.no_grad()
     def generate(
