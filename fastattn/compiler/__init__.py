@@ -8,14 +8,14 @@ From the model's graph to the replaced one: `graph.py` reads every spelling of a
 walks from a softmax back to the product of queries and keys and forward to the one with the values, with
 `axes.py` telling which axis is which; `masks.py` and `indices.py` show what masks are; `emit.py` and
 `rewrite.py` put the op of `op.py` in their place. What can't be shown is left as it was, and `report()` says
-why.
+why. `fused/` does the same for what else is fused: MLPs, losses, norms, linear layers.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastattn.compiler.report import Record, Report, report, reset_report
+from fastattn.compiler.report import Fusion, Record, Report, report, reset_report
 
 if TYPE_CHECKING:
     from fastattn.compiler.backend import AttentionPass, attention_pass
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionPass",
+    "Fusion",
     "Record",
     "Report",
     "attention_pass",

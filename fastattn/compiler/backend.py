@@ -10,8 +10,14 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from fastattn.compiler import op
+from fastattn.compiler.fused import replace_fused
 from fastattn.compiler.report import note
 from fastattn.compiler.rewrite import replace_attention
+
+
+def rewrite(module: fx.GraphModule) -> None:
+    """The pass: attention first, whose graph must be as its author wrote it, then what else is fused."""
+    note([*replace_attention(module), *replace_fused(module)])
 
 
 def backend(
@@ -39,7 +45,7 @@ def backend(
     """
     given = dict(options or {})
     then = given.pop("then", then)
-    note(replace_attention(module))
+    rewrite(module)
     if then == "inductor":
         inductor = torch._TorchCompileInductorWrapper(mode, given, None)
         compiled: Callable[..., Any] = inductor(module, example_inputs)
@@ -62,7 +68,7 @@ class AttentionPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         owner = graph.owning_module
         if owner is not None:
-            note(replace_attention(owner))
+            rewrite(owner)
 
     def uuid(self) -> str:
         return f"fastattn-{op.version()}"

@@ -129,8 +129,8 @@ def version() -> str:
     """A hash of the sources that the op is made of."""
     package = Path(__file__).resolve().parent.parent
     sources = [
-        *sorted((package / "compiler").glob("*.py")),
-        *sorted((package / "ops" / "attention").rglob("*.py")),
+        *sorted((package / "compiler").rglob("*.py")),
+        *sorted((package / "ops").rglob("*.py")),
     ]
     whole = hashlib.sha256()
     for path in sources:

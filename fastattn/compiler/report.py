@@ -69,15 +69,34 @@ def _value(size: Any) -> int:
 
 
 @dataclass
+class Fusion:
+    """One place besides attention that a fused operation may take.
+
+    Attributes:
+        kind: ``"MLP"``, ``"linear + cross entropy"``, ``"dropout + add + layer norm"``, ….
+        location: file, line and code of the model, where it ends.
+        rewritten: whether fastattn computes it.
+        reason: why not.
+    """
+
+    kind: str
+    location: str
+    rewritten: bool = False
+    reason: str = ""
+
+
+@dataclass
 class Report:
     """What the pass did since `fastattn.compiler.reset_report()`.
 
     Attributes:
-        records: for each site of each graph that was compiled.
+        records: for each attention site of each graph that was compiled.
+        fusions: for each other place that a fused operation may take.
         graph_breaks: why dynamo ended graphs early, with how often.
     """
 
     records: tuple[Record, ...] = ()
+    fusions: tuple[Fusion, ...] = ()
     graph_breaks: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -103,6 +122,7 @@ class Report:
             times = f"{count} × " if count > 1 else ""
             lines.append(f"  {'rewritten' if done else 'left'}  {times}{location}")
             lines.append(f"             {text}")
+        lines += _fused_lines(self.fusions)
         for why, count in self.graph_breaks.items():
             lines.append(f"  graph break, {count} × {why}")
         return "\n".join(lines)
@@ -114,6 +134,16 @@ def _line(record: Record) -> tuple[str, bool, str]:
         dropout = f", dropout {record.dropout:g}" if record.dropout else ""
         return record.location, True, f"{shape} {record.mask}{dropout}, {_bytes(record.saved_bytes)} each"
     return record.location, False, f"{record.reason}{' ' if shape else ''}{shape}"
+
+
+def _fused_lines(fusions: tuple[Fusion, ...]) -> Iterator[str]:
+    done = Counter(one.kind for one in fusions if one.rewritten)
+    if done:
+        yield "  fused      " + ", ".join(f"{count} × {kind}" for kind, count in done.items())
+    left = Counter((one.kind, one.location, one.reason) for one in fusions if not one.rewritten)
+    for (kind, location, reason), count in left.items():
+        yield f"  not fused  {f'{count} × ' if count > 1 else ''}{kind}: {location}"
+        yield f"             {reason}"
 
 
 def _bytes(n: int) -> str:
@@ -131,19 +161,21 @@ class _Notes:
     """Records by what dynamo was compiling, which may be begun again; the last attempt is what runs."""
 
     def __init__(self) -> None:
-        self.of: dict[tuple[str, int], tuple[int, list[Record]]] = {}
+        self.of: dict[tuple[str, int], tuple[int, list[Record | Fusion]]] = {}
         self.breaks_before = _breaks()
 
-    def add(self, frame: tuple[str, int], attempt: int, records: list[Record]) -> None:
+    def add(self, frame: tuple[str, int], attempt: int, records: list[Record | Fusion]) -> None:
         before, found = self.of.get(frame, (attempt, []))
         self.of[frame] = (attempt, [*found, *records] if before == attempt else records)
 
     def report(self) -> Report:
-        found = tuple(record for _, records in self.of.values() for record in records)
-        return Report(found, dict(_breaks() - self.breaks_before))
+        found = [record for _, records in self.of.values() for record in records]
+        sites = tuple(x for x in found if isinstance(x, Record))
+        fusions = tuple(x for x in found if isinstance(x, Fusion))
+        return Report(sites, fusions, dict(_breaks() - self.breaks_before))
 
 
-def note(records: list[Record]) -> None:
+def note(records: list[Record | Fusion]) -> None:
     """Add to what `report` tells, in place of what an earlier attempt at the same graph found."""
     from torch._guards import CompileContext  # noqa: PLC0415
 
@@ -166,7 +198,7 @@ def records_into(found: Report) -> Iterator[None]:
     finally:
         _open.remove(notes)
         whole = notes.report()
-        found.records, found.graph_breaks = whole.records, whole.graph_breaks
+        found.records, found.fusions, found.graph_breaks = whole.records, whole.fusions, whole.graph_breaks
 
 
 def report() -> Report:
