@@ -14,7 +14,6 @@ from fastattn.report.look import (
     COLORS,
     GREEN,
     INK,
-    MARKERS,
     End,
     label_ends,
     lengths_axis,
@@ -63,8 +62,8 @@ def speed_by_length(rows: Sequence[Row]) -> Figure | None:
         passes, head_dim, mask, case = key
         labels.append((axes, _speed_panel(axes, panels[key], names, looks)))
         more = f"\n{case}" if len(cases) > 1 else ""
-        dim = f", d {head_dim}" if head_dim else ""
-        axes.set_title(f"{pass_name(passes)}{dim}, {_mask_name(mask)}{more}")
+        kind = _kind(head_dim, mask)
+        axes.set_title(f"{pass_name(passes)}{', ' + kind if kind else ''}{more}")
     for axes in grid.flat[len(keys) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
@@ -78,8 +77,10 @@ def _columns(panels: int) -> int:
     return panels if panels < 3 else 2 if panels == 4 else 3
 
 
-def _mask_name(mask: str) -> str:
-    return "no mask" if mask in ("", "none") else mask
+def _kind(head_dim: int | None, mask: str) -> str:
+    """``d 64, causal``, as far as it is known."""
+    named = "no mask" if mask == "none" else mask
+    return ", ".join(part for part in (f"d {head_dim}" if head_dim else "", named) if part)
 
 
 def _speed_panel(
@@ -88,7 +89,7 @@ def _speed_panel(
     ends: list[End] = []
     for name in names:
         own = sorted((row for row in rows if row.implementation == name), key=lambda row: row.length or 0)
-        if not own:
+        if len(own) < 2:
             continue
         xs, ys = [row.length or 0 for row in own], [row.gflops or 0.0 for row in own]
         axes.plot(xs, ys, **looks[name])
@@ -136,8 +137,9 @@ def speedup_by_peer(rows: Sequence[Row]) -> Figure | None:
         axes.plot(ratios, [i] * len(ratios), "o", color=colors[key[2]], markersize=4.5, alpha=0.6)
         axes.plot([middle], [i], "|", color=INK, markersize=14, markeredgewidth=2)
         count = f"  (of {len(ratios)})" if len(ratios) > 1 else ""
+        told = f"{middle:,.0f}×" if middle >= 100 else f"{middle:.2f}×"
         axes.annotate(
-            f"{middle:.2f}×{count}", (max(ratios[-1], 1), i), (10, 0), textcoords="offset points", va="center"
+            f"{told}{count}", (max(ratios[-1], 1), i), (10, 0), textcoords="offset points", va="center"
         )
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xscale("log")
@@ -153,65 +155,62 @@ def speedup_by_peer(rows: Sequence[Row]) -> Figure | None:
 
 def _ratio_axis(axes: Axes, ratios: Sequence[float]) -> None:
     low, high = min(*ratios, 1.0) * 0.85, max(*ratios, 1.0) * 1.9
-    ticks = [
-        t
-        for t in (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000, 10_000, 100_000)
-        if low <= t <= high
-    ]
+    steps = (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100)
+    ticks = [t for t in (steps if high < 300 else [10**i for i in range(-2, 7)]) if low <= t <= high]
     axes.set_xlim(low, high)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}×"))
 
 
 def share_of_ceiling(rows: Sequence[Row]) -> Figure | None:
-    """How much of what the machine can do at most is reached, by length; a line for each kind of problem."""
-    lines: dict[tuple[str, str], dict[str, dict[int, list[float]]]] = {}
+    """How near to what the machine can do at most: a line for each kind of problem, a dot a length."""
+    groups: dict[tuple[str, int, str, int, str, str], dict[int, list[float]]] = {}
     for row in latest(rows):
         if row.implementation == OURS and row.share and row.length:
-            group = lines.setdefault((row.op, row.ceiling), {})
-            dim = f", d {row.head_dim}" if row.head_dim else ""
-            name = f"{pass_name(row.passes)}{dim}, {_mask_name(row.mask)}"
-            group.setdefault(name, {}).setdefault(row.length, []).append(row.share)
-    lines = {key: {n: p for n, p in own.items() if len(p) > 1} for key, own in lines.items()}
-    lines = {key: own for key, own in lines.items() if own}
-    if not lines:
+            key = (row.op, _PASSES.index(row.passes), row.dtype, row.head_dim or 0, row.mask, row.ceiling)
+            groups.setdefault(key, {}).setdefault(row.length, []).append(row.share)
+    if not groups:
         return None
-    figure = Figure(figsize=(6 if len(lines) == 1 else 11, 3.4), layout="constrained")
-    labels: list[tuple[Axes, list[End]]] = []
-    for axes, ((op, ceiling), group) in zip(
-        figure.subplots(1, len(lines), squeeze=False)[0], sorted(lines.items()), strict=True
-    ):
-        ends: list[End] = []
-        kept = sorted(group.items(), key=lambda item: (-len(item[1]), item[0]))[: len(COLORS) + 1]
-        looks = [*zip(COLORS, MARKERS, strict=True), (GREEN, "o")]
-        for (name, points), (color, marker) in zip(kept, looks, strict=False):
-            xs = sorted(points)
-            ys = [100 * statistics.median(points[x]) for x in xs]
-            axes.plot(xs, ys, color=color, marker=marker)
-            ends.append((xs[-1], ys[-1], name, color))
-        lengths_axis(axes, [x for points in group.values() for x in points])
-        axes.set_ylim(0, 105)
-        axes.axhline(100, color=INK, linewidth=1)
-        labels.append((axes, ends))
-        what = {"fma": "multiply-adds of all threads", "copy": "a copy's bytes a second"}.get(
-            ceiling, ceiling
+    keys = sorted(groups)
+    figure = Figure(figsize=(11, 0.9 + 0.27 * len(keys)), layout="constrained")
+    axes = figure.subplots()
+    for i, key in enumerate(keys):
+        lengths = sorted(groups[key])
+        shares = [100 * statistics.median(groups[key][length]) for length in lengths]
+        color = COLORS[0] if key[5] == "fma" else COLORS[3]
+        axes.plot([min(shares), max(shares)], [i, i], color=color, linewidth=1.2, alpha=0.5)
+        for share, size in zip(shares, range(4, 4 + len(shares)), strict=True):
+            axes.plot([share], [i], "o", color=color, markersize=min(size, 9), alpha=0.75)
+        told = " to ".join(dict.fromkeys((tokens(lengths[0]), tokens(lengths[-1]))))
+        place = (max(shares), i)
+        axes.annotate(
+            f"{shares[-1]:.0f} %, {told}", place, (9, 0), textcoords="offset points", va="center", fontsize=8
         )
-        axes.set_title(f"{op}: share of {what}")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-        axes.set_xlabel("length")
-    label_ends(figure, labels)
+    axes.axvline(100, color=INK, linewidth=1)
+    axes.set_xlim(0, max(112, 1.15 * max(100 * max(map(max, own.values())) for own in groups.values())))
+    names = []
+    for op, passes, dtype, head_dim, mask, _ in keys:
+        kind = _kind(head_dim, mask)
+        names.append(", ".join(part for part in (op, pass_name(_PASSES[passes]), kind, dtype) if part))
+    axes.set_yticks(range(len(keys)), names)
+    axes.set_ylim(len(keys) - 0.4, -0.6)
+    axes.grid(False, axis="y")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    axes.set_xlabel("of the ceiling")
     return figure
 
 
 def memory_by_length(rows: Sequence[Row]) -> Figure | None:
     """Peak memory over length, a panel an operation, a line an implementation; no training steps."""
-    panels: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
+    panels: dict[tuple[str, str, int, str], dict[str, dict[int, float]]] = {}
     for row in latest(rows):
         if row.peak_mb and row.length and row.op != "gpt2":
-            where = (row.op, row.passes, f"{_mask_name(row.mask)}, d {row.head_dim}")
+            where = (row.op, row.passes, row.head_dim or 0, row.mask)
             panels.setdefault(where, {}).setdefault(row.implementation, {})[row.length] = row.peak_mb
-    panels = {key: own for key, own in panels.items() if len(set().union(*own.values())) > 1}
+    for key, own in panels.items():
+        panels[key] = {name: points for name, points in own.items() if len(points) > 1}
+    panels = {key: own for key, own in panels.items() if own}
     if not panels:
         return None
     keys = sorted(panels)[:6]
@@ -234,7 +233,7 @@ def memory_by_length(rows: Sequence[Row]) -> Figure | None:
         plain_numbers(axes)
         axes.margins(y=0.15)
         labels.append((axes, ends))
-        axes.set_title(f"{key[0]}, {pass_name(key[1])}\n{key[2]}")
+        axes.set_title(f"{key[0]}, {pass_name(key[1])}\n{_kind(key[2], key[3])}")
         axes.set_ylabel("MB beyond the inputs")
     for axes in grid.flat[len(keys) :]:
         axes.set_visible(False)

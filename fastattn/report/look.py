@@ -111,7 +111,7 @@ def label_ends(figure: Figure, labels: Sequence[tuple[Axes, Sequence[End]]], siz
     for axes, ends in labels:
         left, right = axes.get_xlim()
         widest = max((len(name) for _, _, name, _ in ends), default=0)
-        share = min(0.62, 0.0052 * size * widest * 3.4 / _width_inches(axes))
+        share = min(0.6, 0.08 + 0.0078 * size * widest / (_width_inches(axes) - 0.45))
         if axes.get_xscale() == "log":
             axes.set_xlim(left, left * (right / left) ** (1 / (1 - share)))
         else:

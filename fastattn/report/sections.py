@@ -61,7 +61,7 @@ class Headline(NamedTuple):
 def sections(found: Found) -> list[Section]:
     """The parts for which something was measured."""
     parts = [
-        _attention(found.rows),
+        _speed(found.rows),
         _peers(found.rows),
         _ceiling(found.rows),
         _memory(found.rows),
@@ -81,7 +81,7 @@ def headlines(found: Found) -> list[Headline]:
     made = []
     ratios: dict[tuple[str, str], list[float]] = {}
     for ours, peer, ratio in speedups(found.rows):
-        if peer.implementation in ("sdpa", "standard", "naive"):
+        if peer.implementation in ("sdpa", "standard", "naive", "eager", "transformers"):
             ratios.setdefault((ours.op, peer.implementation), []).append(ratio)
     for (op, who), own in sorted(ratios.items()):
         what = {"gpt2": "training step of GPT-2", "decode": "decoding"}.get(op, op)
@@ -126,7 +126,15 @@ def _places(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
-def _attention(rows: Iterable[Row]) -> Section:
+def _machines(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """By machine, whatever the dtype."""
+    found: dict[str, list[Row]] = {}
+    for (place, _), own in _places(tuple(rows)).items():
+        found.setdefault(place, []).extend(own)
+    return found
+
+
+def _speed(rows: Iterable[Row]) -> Section:
     section = Section(
         "speed",
         "Speed by length",
@@ -152,10 +160,7 @@ def _attention(rows: Iterable[Row]) -> Section:
 
 def _peers(rows: tuple[Row, ...]) -> Section:
     section = Section("peers", "Beside each peer", tables=[("", tables.peers(rows))], folded=True)
-    places: dict[str, list[Row]] = {}
-    for (place, _), own in _places(rows).items():
-        places.setdefault(place, []).extend(own)
-    for place, own in places.items():
+    for place, own in _machines(rows).items():
         figure = styled(partial(figures.speedup_by_peer, own))
         if figure is not None:
             figure.suptitle(place, fontsize=10)
@@ -167,15 +172,16 @@ def _ceiling(rows: Iterable[Row]) -> Section:
     section = Section(
         "ceiling",
         "How near to what the machine can do",
-        ["Ours over the machine's multiply-adds, or a copy's bytes a second, both measured in the same run."],
+        [
+            "Ours over what was measured in the same run: blue, the multiply-adds of all threads; orange, a "
+            "copy's bytes a second. A dot a length, larger for longer; the share told is that of the longest."
+        ],
     )
-    for (place, dtype), own in _places(rows).items():
+    for place, own in _machines(rows).items():
         figure = styled(partial(figures.share_of_ceiling, own))
         if figure is not None:
-            figure.suptitle(f"{dtype}, {place}", fontsize=10)
-        _figure(
-            section, f"ceiling-{len(section.pictures)}", f"Share of the ceiling, {dtype}, {place}", figure
-        )
+            figure.suptitle(place, fontsize=10)
+        _figure(section, f"ceiling-{len(section.pictures)}", f"Share of the ceiling, {place}", figure)
     return section
 
 

@@ -115,7 +115,8 @@ def verdict(result: Mapping[str, Any]) -> str:
     for name, row in result["implementations"].items():
         ratio = times_longer(result, name) if name != BASELINE else None
         factor = "" if ratio is None else f" ({ratio:.1f}×)"
-        bound = " or more" if row["edge"] == "extrapolated" else ""
+        asked = row["edge"] == "run" and row["refused"] is None  # none longer was tried
+        bound = " or more" if row["edge"] == "extrapolated" or asked else ""
         parts.append(f"{name} {row['longest']:,}{factor}{bound}" if row["longest"] else f"{name} none")
     return (
         f"{result['model']['title']} in {settings['memory'] / 2**30:g} GiB, {settings['dtype']}, batch 1: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -122,7 +123,7 @@ class Session:
         command = {"do": "train", "context": context}
         try:
             config = self.settings.config(context)
-            command |= {"config": config.__dict__, "x": str(self._ids(context))}
+            command |= {"config": asdict(config), "x": str(self._ids(context))}
             spec = self.settings.worker_spec(name, limit if on_gpu else None)
             self._worker = Worker(spec, self._folder / "worker.log", _WORKER)
             self._worker.send(command)
