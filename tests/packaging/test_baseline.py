@@ -54,4 +54,8 @@ def test_differences() -> None:
         "ops: expected 7, got 8 (+14.3%)",
         "instructions: expected 1000, got 1031 (+3.1%)",
     ]
+    assert baseline.differences(kept, {"flops": 99, "ops": 6, "instructions": 900}) == [
+        "flops: expected 100, got 99 (-1.0%)"
+    ]
+    assert len(baseline.differences(kept, {"ops": 6, "instructions": 900}, less_too=True)) == 2
     assert baseline.differences({}, {"peak": 5}) == ["peak: expected None, got 5"]
