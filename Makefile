@@ -12,7 +12,7 @@ CPP := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' 2>/dev/nu
 .PHONY: help install build test check format gpt2 bench sanitize wheel clean
 
 help:
-	@echo "make gpt2      train GPT-2 with standard attention and with ours, side by side (ARGS=--quick)"
+	@echo "make gpt2      train GPT-2 five ways, from standard attention to all of ours, side by side (ARGS=--quick)"
 	@echo "make test      the tests (ARGS='-k causal')"
 	@echo "make check     formatting, lint, types"
 	@echo "make format    mend the formatting"

@@ -11,6 +11,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--gpt2-context", default="512", help="comma-separated contexts (default 512)")
     group.addoption("--gpt2-dropout", default="0.1", help="comma-separated probabilities (default 0.1)")
     group.addoption("--gpt2-rounds", type=int, default=5, help="timed steps of each, interleaved (default 5)")
+    group.addoption(
+        "--gpt2-implementations",
+        help="of standard,sdpa,compiled,attention,fastattn (default: all; compiled up to 1024 tokens)",
+    )
     group.addoption("--gpt2-data", default="shakespeare", help="as fastattn compare gpt2 --data")
 
 

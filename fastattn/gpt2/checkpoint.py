@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ def load_model(
     attention: AttentionKind = "fastattn",
     *,
     dropout: float | None = None,
+    fused: Collection[str] | None = None,
 ) -> GPT2:
     """A GPT-2 of a folder with `config.json` and `model.safetensors`, as transformers saves it.
 
@@ -38,6 +40,7 @@ def load_model(
         folder: may hold shards, where there is a `model.safetensors.index.json`.
         attention: see `GPT2`.
         dropout: the probability everywhere; the config's three if None.
+        fused: see `GPT2`.
 
     Returns:
         The model on the CPU in float32, in training mode.
@@ -54,7 +57,7 @@ def load_model(
     if dropout is not None:
         config = config.with_dropout(dropout)
     with torch.device("meta"):
-        model = GPT2(config, attention)
+        model = GPT2(config, attention, fused)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     given = _read_weights(path)
     if _HEAD not in given and _PREFIX + "wte.weight" in given:

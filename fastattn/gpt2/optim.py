@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastattn.optim import AdamW
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups for AdamW: matrices and embeddings decay, biases and norms do not.
@@ -28,13 +30,54 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def make_optimizer(
-    model: nn.Module, *, lr: float, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95)
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
+    ours: bool = False,
 ) -> torch.optim.AdamW:
     """Fused AdamW over `parameter_groups`.
 
+    Args:
+        model: any.
+        lr: learning rate.
+        weight_decay: of matrices and embeddings.
+        betas: of the two moments.
+        ours: `fastattn.optim.AdamW`, which clips too, rather than torch's.
+
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
     """
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, fused=True)
+    groups = parameter_groups(model, weight_decay)
+    if ours:
+        return AdamW(groups, lr=lr, betas=betas)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def clip_and_step(model: nn.Module, optimizer: torch.optim.AdamW, max_norm: float) -> float:
+    """A step of `optimizer` by gradients scaled down to `max_norm` together; returns their norm before.
+
+    Args:
+        model: of the parameters.
+        optimizer: of `make_optimizer`.
+        max_norm: the largest norm; `math.inf` for any.
+
+    Raises:
+        FloatingPointError: the norm is not finite. The parameters are then as before, but where the optimizer
+            clips in its own pass, which has made them NaN.
+    """
+    if isinstance(optimizer, AdamW):
+        optimizer.max_norm = max_norm
+        optimizer.step()
+        assert optimizer.grad_norm is not None
+        norm = float(optimizer.grad_norm)
+    else:
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+        if math.isfinite(norm):
+            optimizer.step()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"expected a finite gradient, got gradient norm {norm}")
+    return norm
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int, floor: float) -> float:

@@ -10,12 +10,14 @@ from typing import Any, Final
 import torch
 
 from fastattn.gpt2.config import SIZES, config_of, size_name
+from fastattn.gpt2.model import FUSED as MODEL_FUSED
 
 # Peak learning rates: Brown et al., "Language Models are Few-Shot Learners", 2020, table 2.1; the two
 # small sizes as nanoGPT's character model.
 _LEARNING_RATES: Final = {768: 6e-4, 1024: 3e-4, 1280: 2.5e-4, 1600: 2e-4}
 _SMALL: Final = 1e-3
 _FINE_TUNING: Final = 3e-5
+FUSED: Final = (*MODEL_FUSED, "optimizer")  # what `Options.fused` may name
 
 
 def _option(default: Any, text: str, **argument: Any) -> Any:
@@ -33,6 +35,9 @@ class Options:
         None, "start from a folder with config.json and model.safetensors, instead of --size", type=str
     )
     attention: str = _option("fastattn", "standard, sdpa or fastattn")
+    fused: str | None = _option(
+        None, f"all, none, or some of {','.join(FUSED)} (all where --attention is fastattn)", type=str
+    )
     dropout: float | None = _option(None, "everywhere (the model's own: 0.1)", type=float)
     data: str = _option("shakespeare", "shakespeare, a text file, a folder, or nanoGPT's .bin")
     tokenizer: str = _option("gpt2", "gpt2 or bytes")
@@ -84,6 +89,23 @@ class Options:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
         if self.size is not None and self.init is not None:
             raise ValueError(f"expected one of size and init, got {self.size!r} and {self.init!r}")
+
+        unknown = sorted(set(self.fused_names) - set(FUSED))
+        if unknown:
+            raise ValueError(f"fused: expected all, none or some of {','.join(FUSED)}, got {self.fused!r}")
+
+    @property
+    def fused_names(self) -> tuple[str, ...]:
+        """What of `FUSED` is fastattn's; the rest is plain PyTorch."""
+        text = self.fused or ("all" if self.attention == "fastattn" else "none")
+        if text in ("all", "none"):
+            return FUSED if text == "all" else ()
+        return tuple(name.strip() for name in text.split(","))
+
+    @property
+    def model_fused(self) -> tuple[str, ...]:
+        """The same of `GPT2`, without the optimizer."""
+        return tuple(name for name in self.fused_names if name in MODEL_FUSED)
 
     def resolved(self) -> Options:
         """The same with every choice that was left open made, except `dropout`, which is the model's own."""

@@ -62,8 +62,12 @@ def expected_memory(config: GPT2Config, options: Options, dtype: torch.dtype, pa
     """Bytes at the peak of a step: weights, gradients, Adam's moments, saved activations, logits."""
     item, tokens = dtype.itemsize, options.batch * options.context
     inner = config.n_inner or 4 * config.n_embd
-    # two residual inputs in float32; norms' outputs, q k v, attention's output; the MLP's; dropout's masks
-    layer = tokens * (8 * config.n_embd + item * (6 * config.n_embd + 2 * inner) + 2 * config.n_embd)
+    fused = options.model_fused
+    # two residual inputs in float32; norms' outputs, q k v, attention's output; the MLP's, of which the fused
+    # keeps what goes into the activation alone; dropout's masks, which the fused draws again
+    hidden = inner if "mlp" in fused else 2 * inner
+    masks = 0 if "norm" in fused else 2 * config.n_embd
+    layer = tokens * (8 * config.n_embd + item * (6 * config.n_embd + hidden) + masks)
     transient = 0
     square = tokens * options.context * config.n_head
     if options.attention == "standard" or (
@@ -82,8 +86,11 @@ def expected_memory(config: GPT2Config, options: Options, dtype: torch.dtype, pa
         activations = layer + config.n_layer * tokens * 4 * config.n_embd
     else:
         activations = layer * config.n_layer
-    rows = min(tokens, options.loss_chunk or tokens)
-    logits = rows * config.vocab_size * (12 + (item if item < 4 else 0))
+    if "loss" in fused:  # the head's gradient is made in forward, beside the activations
+        logits = config.vocab_size * config.n_embd * 4
+    else:
+        rows = min(tokens, options.loss_chunk or tokens)
+        logits = rows * config.vocab_size * (12 + (item if item < 4 else 0))
     return _PROCESS + 16 * parameters + activations + transient + logits
 
 
@@ -186,13 +193,14 @@ def _dropouts(config: GPT2Config) -> str:
 
 
 def _kernel(model: GPT2, options: Options, dtype: torch.dtype) -> str:
+    fused = f"; fused: {', '.join(options.fused_names) or 'none'}"
     if options.attention != "fastattn":
-        return f"{options.attention} attention"
+        return f"{options.attention} attention{fused}"
     found = _explain(model.config, options, dtype)
     text = f"fastattn attention, backend {found.backend}" + (f" ({found.isa})" if found.isa else "")
     if found.backend == "reference":  # the slow one: say what keeps the others away
         text += "".join(f"; not {name}: {', '.join(why)}" for name, why in found.reasons.items())
-    return text
+    return text + fused
 
 
 def _explain(config: GPT2Config, options: Options, dtype: torch.dtype) -> fastattn.Explanation:

@@ -28,7 +28,7 @@ from fastattn.gpt2.checkpoint import latest_run, load_model, load_optimizer, rea
 from fastattn.gpt2.config import config_of, size_name
 from fastattn.gpt2.data import Batches, Corpus, load_tokens, mix
 from fastattn.gpt2.model import GPT2, AttentionKind
-from fastattn.gpt2.optim import learning_rate, make_optimizer
+from fastattn.gpt2.optim import clip_and_step, learning_rate, make_optimizer
 from fastattn.gpt2.options import Options, add_arguments, from_arguments
 from fastattn.gpt2.plan import Plan, choose_dtype, make_plan, peak_memory, plan_lines
 from fastattn.gpt2.progress import Progress, duration
@@ -150,7 +150,11 @@ class _Trainer:
         self.model = model.to(self.device)
         model.transformer.gradient_checkpointing = options.gradient_checkpointing
         self.optimizer = make_optimizer(
-            model, lr=options.lr, weight_decay=options.weight_decay, betas=(options.beta1, options.beta2)
+            model,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            betas=(options.beta1, options.beta2),
+            ours="optimizer" in options.fused_names,
         )
         self._dtype = dtype
         self._loss: Callable[..., Tensor] = torch.compile(model.loss) if options.compile else model.loss
@@ -178,19 +182,17 @@ class _Trainer:
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step; returns its loss, learning rate and gradient norm."""
         loss = self.gradients(step)
-        clip = self.options.clip or math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip))
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise FloatingPointError(
-                f"step {step + 1}: expected a finite loss and gradient, got loss {loss} and gradient norm "
-                f"{grad_norm}; a lower --lr may help"
-            )
         lr = learning_rate(
             step, peak=self.peak_lr, warmup=self.warmup, steps=self.options.steps, floor=self.options.min_lr
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        try:
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"expected a finite loss and gradient, got loss {loss}")
+            grad_norm = clip_and_step(self.model, self.optimizer, self.options.clip or math.inf)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step + 1}: {error}; a lower --lr may help") from None
         return {"loss": loss, "lr": lr, "grad_norm": grad_norm}
 
     def measure(self, step: int) -> float:
@@ -330,8 +332,9 @@ def _make_model(options: Options, corpus: Corpus, checkpoint: Path | None) -> GP
         longest = max(config.n_positions, options.context)
         config = replace(config, vocab_size=vocab_size, n_positions=longest)
         torch.manual_seed(options.seed)
-        return GPT2(config if options.dropout is None else config.with_dropout(options.dropout), kind)
-    model = load_model(folder, kind, dropout=options.dropout)
+        config = config if options.dropout is None else config.with_dropout(options.dropout)
+        return GPT2(config, kind, options.model_fused)
+    model = load_model(folder, kind, dropout=options.dropout, fused=options.model_fused)
     if model.config.vocab_size < vocab_size:
         raise ValueError(
             f"{folder}: expected a vocabulary of {vocab_size} or more, got {model.config.vocab_size}"

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 GREEN: Final = "#009E73"
 COLORS: Final = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS: Final = ("^", "s", "D", "v", "P", "X")
-_NAMED: Final = {"sdpa": 0, "standard": 1, "naive": 1, "eager": 1, "fastattn+checkpoint": 2}
+_NAMED: Final = {"sdpa": 0, "standard": 1, "naive": 1, "eager": 1, "fastattn+checkpoint": 2, "attention": 4}
 INK: Final = "#1b1f24"  # becomes the page's own text colour in SVG
 _PIXELS: Final = 98  # an inch of a figure, on the page
 _GRID: Final = "#8c959f"

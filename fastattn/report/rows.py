@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 OURS: Final = "fastattn"
+ATTENTION: Final = "attention"  # of a training step: our attention in a model that is otherwise plain
 CEILINGS: Final = ("fma", "copy")  # what the machine can do, and no peer
 TIDY_SCHEMA: Final = "2"
 
@@ -148,7 +149,7 @@ def is_ours(implementation: str) -> bool:
         >>> is_ours("fastattn, dense"), is_ours("sdpa")
         (True, False)
     """
-    return implementation.partition(",")[0].split(" ")[0] == OURS
+    return implementation.partition(",")[0].split(" ")[0] in (OURS, ATTENTION)
 
 
 def speedups(rows: Iterable[Row]) -> list[tuple[Row, Row, float]]:
@@ -331,7 +332,12 @@ def _rotary(row: Mapping[str, str]) -> Row:
 
 def _gpt2(row: Mapping[str, str]) -> Row:
     case = f"{_model(row['size'])}, batch {row['batch']}, dropout {float(row['dropout']):g}"
-    return _old(row, "gpt2", "step", case)
+    return _old(row, "gpt2", "step", case, implementation=_attention_alone(row["implementation"]))
+
+
+def _attention_alone(name: str) -> str:
+    """What the files of before called fastattn of a model's training step was its attention alone."""
+    return ATTENTION if name == OURS else name
 
 
 def _model(size: str) -> str:
@@ -360,4 +366,29 @@ def _result(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "schema" not in content:
         raise ValueError("expected the result of a command, with its schema")
     # `fastattn compare gpt2` has no kind of its own
-    return {"kind": "compare" if "sweep" in content else "unknown"} | content
+    if "kind" in content or "sweep" not in content:
+        return {"kind": "unknown"} | content
+    return {"kind": "compare"} | (_of_before(content) if content["schema"] == 1 else content)
+
+
+def _of_before(content: dict[str, Any]) -> dict[str, Any]:
+    """A comparison of schema 1 as one of 2."""
+
+    def by_name(rows: Mapping[str, Any]) -> dict[str, Any]:
+        return {_attention_alone(name): row for name, row in rows.items()}
+
+    named = {name: by_name(content[name]) for name in ("implementations", "train")}
+    listed = {
+        name: [row | {"implementation": _attention_alone(row["implementation"])} for row in content[name]]
+        for name in ("sweep", "samples")
+    }
+    parity = content["parity"]
+    parity |= {name: by_name(parity[name]) for name in ("largest", "last", "timing") if name in parity}
+    verdict = content["verdict"]
+    for old, now in (
+        ("fastattn trains", "fastattn's attention trains"),
+        ("; fastattn takes", "; attention takes"),
+    ):
+        verdict = verdict.replace(old, now)
+    new = {"baseline": "standard", "ours": ATTENTION, "parity": parity, "verdict": verdict}
+    return content | named | listed | new

@@ -21,8 +21,9 @@ from fastattn.gpt2.compare import process as process_module
 from fastattn.gpt2.compare.process import OutOfMemory, OutOfTime, Worker, WorkerFailed, resident_bytes
 from fastattn.gpt2.compare.progress import Progress
 from fastattn.gpt2.compare.session import Session
-from fastattn.gpt2.compare.settings import IMPLEMENTATIONS, Settings, settings_of
+from fastattn.gpt2.compare.settings import IMPLEMENTATIONS, Implementation, Settings, settings_of
 
+NAMES = ("standard", "sdpa", "attention", "fastattn")  # compiling takes most of a minute
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -57,11 +58,12 @@ def tiny(text: Path, *words: str | Path) -> Settings:
     return parse(*plain(text), *words)
 
 
-def test_a_comparison_of_all_three_writes_a_whole_report(
+def test_a_comparison_writes_a_whole_report(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "report"
-    status = compare.compare(tiny(text, "--sweep", "32,63,127"), folder)
+    settings = tiny(text, "--sweep", "32,63,127", "--implementations", ",".join(NAMES))
+    status = compare.compare(settings, folder)
     result = json.loads((folder / "result.json").read_text())
     assert status == 0, result["implementations"]
 
@@ -69,19 +71,30 @@ def test_a_comparison_of_all_three_writes_a_whole_report(
         assert (folder / name).stat().st_size > 1000
     assert set(result) == {
         *("schema", "started", "seconds", "interrupted", "settings", "model", "data", "machine", "versions"),
-        *("budget", "implementations", "train", "parity", "sweep", "notes", "samples", "verdict"),
+        *(
+            "baseline",
+            "ours",
+            "budget",
+            "implementations",
+            "train",
+            "parity",
+            "sweep",
+            "notes",
+            "samples",
+            "verdict",
+        ),
     }
     assert result["versions"]["torch"] == torch.__version__
     assert result["data"]["train_tokens"] > 1000
-    assert list(result["train"]) == list(IMPLEMENTATIONS)
+    assert list(result["train"]) == list(NAMES)
 
     # every sample is there: 2 steps with and 2 without dropout, and the sweep's other two contexts
-    assert len(result["samples"]) == 3 * (2 + 2 + 2)
+    assert len(result["samples"]) == 4 * (2 + 2 + 2)
     assert all(s["loss"] > 0 and s["ms"] > 0 and s["peak_bytes"] > 0 for s in result["samples"])
     weights = {row["model"]["weights"] for row in result["implementations"].values()}
     assert len(weights) == 1
     assert result["parity"]["passed"] is True
-    assert result["parity"]["largest"]["fastattn"] <= 1e-5
+    assert max(result["parity"]["largest"].values()) <= 1e-5
     assert result["parity"]["steps"] == 2
 
     # the report's numbers are the result's
@@ -94,7 +107,7 @@ def test_a_comparison_of_all_three_writes_a_whole_report(
         assert cells[6] == f"{row['peak_bytes'] / 1e9:.2f}"
         assert cells[8] == f"{row['speedup']:.2f}×"
     assert [(row["context"], row["implementation"], row["status"]) for row in result["sweep"]] == [
-        (context, name, "measured") for context in (32, 63, 127) for name in IMPLEMENTATIONS
+        (context, name, "measured") for context in (32, 63, 127) for name in NAMES
     ]
     cell = f"{result['sweep'][0]['ms']:,.0f} ms, {result['sweep'][0]['peak_bytes'] / 1e9:.2f} GB"
     printed = capsys.readouterr().out
@@ -105,20 +118,33 @@ def test_a_comparison_of_all_three_writes_a_whole_report(
 def test_one_implementation_failing_leaves_the_rest(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(IMPLEMENTATIONS, "fastattn", ("no_such_attention", "one that is not registered"))
-    assert compare.compare(tiny(text), tmp_path) == 1
+    broken = Implementation("no_such_attention", "one that is not registered")
+    monkeypatch.setitem(IMPLEMENTATIONS, "standard", broken)
+    assert compare.compare(tiny(text, "--implementations", "standard,fastattn"), tmp_path) == 1
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["implementations"]["fastattn"]["status"] == "failed"
-    assert "no_such_attention" in result["implementations"]["fastattn"]["reason"]
-    assert result["train"]["standard"]["steps"] == 1
+    assert result["implementations"]["standard"]["status"] == "failed"
+    assert "no_such_attention" in result["implementations"]["standard"]["reason"]
+    assert result["train"]["fastattn"]["steps"] == 1
     assert "no_such_attention" in (tmp_path / "report.md").read_text()
     assert "No comparison" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_is_compiled_trains_like_the_rest(text: Path, tmp_path: Path) -> None:
+    names = "standard,compiled,fastattn"
+    compare.compare(tiny(text, "--dropout", "0", "--steps", "3", "--implementations", names), tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["implementations"]["compiled"]["status"] == "measured"
+    assert result["parity"]["largest"]["compiled"] <= 1e-4
+    assert result["parity"]["steps"] == 3
+    first, *later = (s["ms"] for s in result["samples"] if s["implementation"] == "compiled")
+    assert max(later) < first / 3, "compiled once"
 
 
 def test_the_watchdog_kills_a_child_at_its_limit(text: Path, tmp_path: Path) -> None:
     settings = tiny(text)
     with Session(settings, Progress(["standard"])) as session:
-        worker = Worker(settings.worker_spec("eager", session.config, None), tmp_path / "log")
+        worker = Worker(settings.worker_spec("standard", session.config, None), tmp_path / "log")
         worker.send({"do": "build", "context": 1500, "dropout": 0.1})
         assert worker.wait()["parameters"] > 10_000
         resident = worker.resident()
@@ -161,6 +187,7 @@ def test_a_child_that_dies_or_is_late_is_told_apart(text: Path, tmp_path: Path) 
 def test_ctrl_c_ends_the_children_and_leaves_a_report(text: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastattn", "compare", "gpt2", "--size", "1x1x8", "--context", "32"]
     command += ["--steps", "20000", "--tokenizer", "bytes", "--data", str(text), "--device", "cpu"]
+    command += ["--implementations", "standard,fastattn"]
     with subprocess.Popen(
         [*command, "--output", str(tmp_path / "out")],
         cwd=ROOT,
@@ -173,7 +200,7 @@ def test_ctrl_c_ends_the_children_and_leaves_a_report(text: Path, tmp_path: Path
             if "step 3/" in line:
                 break
         children = _children(parent.pid)
-        assert len(children) == 3
+        assert len(children) == 2
         parent.send_signal(signal.SIGINT)
         parent.communicate(timeout=120)
     assert parent.returncode == 130
@@ -216,6 +243,9 @@ def test_memory_limits_of_control_groups_count(tmp_path: Path, monkeypatch: pyte
         (["--memory-budget", "0"], "--memory-budget: expected more than 0"),
         (["--device", "mps"], "--device: expected cpu, cuda or cuda:N, got 'mps'"),
         (["--rounds", "0"], "--rounds: expected at least 1"),
+        (["--implementations", "flash"], r"--implementations: expected some of .* got \['flash'\]"),
+        (["--implementations", "fastattn"], "--implementations: expected two or more of"),
+        (["--implementations", "standard,sdpa"], "--implementations: expected attention or fastattn among"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(words: list[str], message: str) -> None:
@@ -232,6 +262,9 @@ def test_options_are_read_as_the_help_says() -> None:
     assert parse("--steps", "5").time_budget is None
     assert parse("--no-sweep").contexts == ()
     assert parse("--context", "2k").contexts[:3] == (1024, 2048, 4096)
+    assert parse().implementations == tuple(IMPLEMENTATIONS)
+    assert "compiled" not in parse("--quick").implementations + parse("--context", "2k").implementations
+    assert parse("--implementations", "fastattn,sdpa").implementations == ("sdpa", "fastattn")
     assert replace(parse(), size="gpt2-xl").title() == "GPT-2 1558M"
     with pytest.raises(ValueError, match="size: expected one of"):
         parse("--size", "huge").model_config(257)

@@ -43,9 +43,11 @@ class SimulatedWorker:
     warm_ups: ClassVar[list[int]] = []  # contexts of all steps
 
     def __init__(self, spec: dict[str, Any], log: Path) -> None:
+        which = (spec["attention"], spec["compiled"], spec["own"])
         self.name = next(
-            name for name, (attention, _) in IMPLEMENTATIONS.items() if attention == spec["attention"]
+            name for name, (at, _, compiled, own) in IMPLEMENTATIONS.items() if (at, compiled, own) == which
         )
+        self.compile_seconds = 60.0 if spec["compiled"] else 0.0
         self.command: dict[str, Any] = {}
         self.context = 0
 
@@ -65,7 +67,8 @@ class SimulatedWorker:
         self.warm_ups.append(context)
         t = context / 1024
         (a, b), (c, d) = self.seconds[self.name], self.activations[self.name]
-        seconds, peak = a * t + b * t * t, self.at_rest + int(1e9 * (c * t + d * t * t))
+        compiling, self.compile_seconds = self.compile_seconds, 0.0
+        seconds, peak = a * t + b * t * t + compiling, self.at_rest + int(1e9 * (c * t + d * t * t))
         if peak > limit:
             raise OutOfMemory("stopped", limit)
         self.clock.now += seconds
@@ -82,10 +85,12 @@ def simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A session on a machine of two cores: the times and sizes are those of GPT-2 124M."""
     clock = Clock()
     monkeypatch.setattr(SimulatedWorker, "clock", clock, raising=False)
-    monkeypatch.setattr(SimulatedWorker, "seconds", {"standard": (6, 8), "sdpa": (6, 6), "fastattn": (6, 1)})
-    monkeypatch.setattr(
-        SimulatedWorker, "activations", {"standard": (1, 2.6), "sdpa": (1, 2.6), "fastattn": (1, 0)}
-    )
+    seconds = {"standard": (6, 8), "sdpa": (6, 6), "fastattn": (6, 1)}
+    seconds |= {"compiled": (5, 4), "attention": (6.5, 1)}
+    monkeypatch.setattr(SimulatedWorker, "seconds", seconds)
+    activations = {"standard": (1, 2.6), "sdpa": (1, 2.6), "fastattn": (1, 0)}
+    activations |= {"compiled": (1, 2), "attention": (1.2, 0)}
+    monkeypatch.setattr(SimulatedWorker, "activations", activations)
     monkeypatch.setattr(SimulatedWorker, "losses", {})
     monkeypatch.setattr(SimulatedWorker, "warm_ups", [])
     monkeypatch.setattr(session_module, "Worker", SimulatedWorker)
@@ -95,12 +100,13 @@ def simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     ids = tmp_path / "ids.bin"
     ids.write_bytes(torch.full((200_000,), 65, dtype=torch.uint16).numpy().tobytes())
 
-    def run(*words: str) -> dict[str, Any]:
+    def run(*words: str, implementations: str | None = "standard,sdpa,fastattn") -> dict[str, Any]:
         parser = argparse.ArgumentParser()
         compare.add_arguments(parser)
         options = ["--data", str(ids), "--tokenizer", "bytes", "--device", "cpu", *words]
+        options += [] if implementations is None else ["--implementations", implementations]
         settings = settings_of(parser.parse_args(options))
-        with Session(settings, Progress(list(IMPLEMENTATIONS))) as session:
+        with Session(settings, Progress(settings.implementations)) as session:
             session.run()
         result = result_of(session, started="now", seconds=clock.now - 1000, interrupted=False)
         assert markdown(result, None)
@@ -114,19 +120,45 @@ def cells(result: dict[str, Any]) -> dict[tuple[int, str], str]:
 
 
 def test_the_default_run_fits_its_time(simulated: Any) -> None:
-    result = simulated()
+    result = simulated(implementations=None)
     assert result["seconds"] < 12 * 60
-    assert [result["train"][name]["steps"] for name in IMPLEMENTATIONS] == [5, 5, 5]
+    assert list(result["train"]) == list(IMPLEMENTATIONS)
+    assert all(row["steps"] >= 3 for row in result["train"].values())
     assert result["parity"]["steps"] >= 2
+    assert (result["baseline"], result["ours"]) == ("standard", "fastattn")
     at = cells(result)
-    assert [at[1024, name] for name in IMPLEMENTATIONS] == ["measured"] * 3
-    assert [at[2048, name] for name in IMPLEMENTATIONS] == ["measured"] * 3
-    assert [at[4096, name] for name in IMPLEMENTATIONS] == ["out of memory", "out of memory", "measured"]
+    names = ("standard", "sdpa", "attention", "fastattn")
+    assert [at[1024, name] for name in names] == ["measured"] * 4
+    assert [at[2048, name] for name in names] == ["measured"] * 4
+    assert at[4096, "standard"] == at[4096, "sdpa"] == "out of memory" and at[4096, "fastattn"] == "measured"
     assert at[8192, "standard"] == "out of memory"
     refused = next(row for row in result["sweep"] if row["status"] == "out of memory")
     assert {row["status"] for row in result["implementations"].values()} == {"measured"}
     assert refused["predicted_bytes"] == pytest.approx(2e9 + 4e9 + 16 * 2.6e9, rel=0.01)
     assert "would need about 48 GB" in refused["reason"]
+
+
+def test_what_is_compiled_trains_and_nothing_else(simulated: Any) -> None:
+    result = simulated("--steps", "3", "--sweep", "512,1k", implementations=None)
+    own = [s for s in result["samples"] if s["implementation"] == "compiled"]
+    assert [s["phase"] for s in own] == ["train"] * 3 and own[0]["ms"] > 60_000
+    assert result["train"]["compiled"]["max_ms"] == 9000.0
+    assert "compiled" not in result["parity"]["largest"]
+    assert "compiled" not in {name for _, name in cells(result)}
+    assert {"attention", "fastattn"} <= set(result["parity"]["largest"])
+
+
+def test_without_the_standard_the_next_is_the_baseline(simulated: Any) -> None:
+    words = ("--steps", "3", "--dropout", "0", "--context", "2k", "--no-sweep")
+    result = simulated(*words, implementations="fastattn,attention,sdpa")
+    assert list(result["train"]) == ["sdpa", "attention", "fastattn"]
+    assert result["train"]["fastattn"]["speedup"] == pytest.approx(36 / 16)
+    assert result["parity"]["passed"] is True and set(result["parity"]["largest"]) == {
+        "attention",
+        "fastattn",
+    }
+    assert "than sdpa" in result["verdict"] and "attention alone: 2.12× faster" in result["verdict"]
+    assert "difference of the loss from sdpa's" in markdown(result, None)
 
 
 def test_a_slow_machine_does_fewer_steps_and_says_so(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +316,11 @@ def test_parity(standard: list[float], ours: list[float], passed: bool | None) -
     assert found["passed"] is passed
 
 
+def test_parity_is_of_all_that_have_our_attention() -> None:
+    losses = curves(standard=[10.0, 9.0], attention=[10.0, 9.01], fastattn=[10.0, 9.0])
+    assert parity(losses, "parity", 1e-4)["passed"] is False
+
+
 def test_the_training_table_ends_with_the_difference_of_the_losses() -> None:
     built = {name: {"libraries_bytes": 0, "model_bytes": 0} for name in IMPLEMENTATIONS}
     rows = summaries([sample("standard", 40.0, 100), sample("fastattn", 20.0, 50)], "train", built)
@@ -318,7 +355,7 @@ def test_turns_cover_every_step_once(steps: int, rounds: int) -> None:
 
 
 def test_each_implementation_comes_first_in_its_turn() -> None:
-    assert [rotated(list(IMPLEMENTATIONS), turn)[0] for turn in range(4)] == [*IMPLEMENTATIONS, "standard"]
+    assert [rotated(list(IMPLEMENTATIONS), turn)[0] for turn in range(6)] == [*IMPLEMENTATIONS, "standard"]
 
 
 def sample(name: str, ms: float, peak: int, step: int = 1) -> dict[str, Any]:
@@ -337,6 +374,9 @@ def test_summaries_leave_the_warm_up_out_of_times_but_not_of_memory() -> None:
     assert found["standard"]["tokens_per_second"] == pytest.approx(200.0)
     assert found["fastattn"]["speedup"] == 2.0
 
+    compiled = [sample("compiled", 900.0, 100, step=0), sample("compiled", 30.0, 60, step=1)]
+    assert summaries(compiled, "train", built)["compiled"]["peak_bytes"] == 60
+
 
 @pytest.mark.parametrize(
     ("ours", "peak", "passed", "said"),
@@ -354,6 +394,8 @@ def test_the_verdict_says_what_was_measured(
     rows = summaries([sample("standard", 40.0, 100), sample("fastattn", ours, peak)], "train", built)
     result = {
         "model": {"title": "GPT-2 124M"},
+        "baseline": "standard",
+        "ours": "fastattn",
         "train": rows,
         "parity": {"passed": passed, "largest": {"fastattn": 1e-6}, "tolerance": 1e-4},
     }

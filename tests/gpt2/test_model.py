@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn.gpt2.checkpoint import load_model, save_model
 from fastattn.gpt2.config import GPT2Config, config_of
-from fastattn.gpt2.model import GPT2, KVCache
+from fastattn.gpt2.model import FUSED, GPT2, KVCache
 
 transformers = pytest.importorskip("transformers")
 
@@ -84,6 +84,47 @@ def test_logits_and_gradients_are_those_of_transformers(kind, peer, folder):
     gradients = dict(model.named_parameters())
     for name, parameter in peer.named_parameters():
         assert worst(gradients[name].grad, parameter.grad) < 2e-5, name
+
+
+def gradients_of(model: GPT2, ids: Tensor, targets: Tensor) -> list[Tensor]:
+    """The loss, and behind it the gradient of every parameter."""
+    model.zero_grad()
+    loss = model.loss(ids, targets)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("fused", [*FUSED, "all"])
+def test_fused_operations_give_the_loss_and_gradients_of_plain_ones(fused, folder):
+    """At most twice the error of plain PyTorch, and a rounding band of the values' size."""
+    ids, targets = ids_of(2, 63), ids_of(2, 63, 1)
+    targets[0, :5] = -100
+    exact = gradients_of(load_model(folder, "standard").double(), ids, targets)
+    plain = gradients_of(load_model(folder, "fastattn", fused=()), ids, targets)
+    model = load_model(folder, "fastattn", fused=FUSED if fused == "all" else [fused])
+    assert model.fused == (FUSED if fused == "all" else (fused,))
+    given = gradients_of(model, ids, targets)
+    for expected, theirs, ours in zip(exact, plain, given, strict=True):
+        band = 1e-6 * float(expected.abs().max())
+        budget = 2 * float((theirs - expected).abs().max()) + band
+        assert float((ours - expected).abs().max()) <= budget
+
+    model.transformer.gradient_checkpointing = True
+    for again, ours in zip(gradients_of(model, ids, targets), given, strict=True):
+        torch.testing.assert_close(again, ours, rtol=0, atol=0)
+
+
+def test_what_is_fused_changes_no_state_dict_and_no_cached_token(folder):
+    plain, fused = load_model(folder, fused=()), load_model(folder, fused=FUSED)
+    assert plain.state_dict().keys() == fused.state_dict().keys()
+    assert all(torch.equal(fused.state_dict()[name], x) for name, x in plain.state_dict().items())
+    ids = ids_of(2, 7)
+    assert torch.equal(fused.generate(ids, 20, temperature=0), plain.generate(ids, 20, temperature=0))
+
+
+def test_what_is_fused_is_all_or_nothing_by_the_attention():
+    assert GPT2(CONFIG).fused == FUSED and GPT2(CONFIG, "sdpa").fused == ()
+    assert GPT2(CONFIG, "sdpa", ["loss", "norm"]).fused == ("norm", "loss")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -284,6 +325,11 @@ def test_drawn_tokens_follow_seed_top_k_and_end_of_text(folder):
         (lambda m: m.generate(ids_of(1, 5), 5, temperature=-1.0), "temperature >= 0"),
         (lambda m: m.generate(ids_of(1, 5), 5, top_k=0), "top_k >= 1"),
         (lambda m: GPT2(CONFIG, "flash"), "one of .* got 'flash'"),
+        (
+            lambda m: GPT2(CONFIG, "sdpa", ["norm", "flash"]),
+            r"fused: expected some of .* got \['norm', 'flash'\]",
+        ),
+        (lambda m: GPT2(CONFIG, "sdpa", "norm"), "fused: expected some of .* got 'norm'"),
         (lambda m: config_of("gpt3"), "one of .* got 'gpt3'"),
         (lambda m: GPT2Config(n_embd=10, n_head=3), "divisor of n_embd 10, got 3"),
         (lambda m: GPT2Config(attn_pdrop=1.0), r"attn_pdrop: expected a probability in \[0, 1\), got 1.0"),

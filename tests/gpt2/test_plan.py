@@ -14,7 +14,8 @@ from fastattn.gpt2.options import Options
 
 
 def test_counts_of_the_plan(monkeypatch):
-    options = Options(size="gpt2", batch=2, steps=10, device="cpu", attention="standard").resolved()
+    options = Options(size="gpt2", batch=2, steps=10, device="cpu", attention="standard", fused="none")
+    options = options.resolved()
     with torch.device("meta"):
         model = GPT2(GPT2Config())
     counts = plan.make_plan(model, options, torch.float32)
@@ -32,3 +33,10 @@ def test_counts_of_the_plan(monkeypatch):
     found = fastattn.Explanation("reference", {"cpu": ["no compiler"]})
     slow = plan.make_plan(model, replace(options, attention="fastattn"), torch.float32)
     assert slow.memory - ours.memory == 2 * 1024 * 1024 * 12 * (12 * 9 + 24)
+
+    # of the fused operations: no input of the MLP's second product, no dropout's masks, no logits
+    fused = plan.make_plan(
+        model, replace(options, attention="fastattn", fused="mlp,norm,loss"), torch.float32
+    )
+    saved = 2 * 1024 * 12 * (4 * 4 * 768 + 2 * 768) + 2 * 1024 * 50257 * 12 - 50257 * 768 * 4
+    assert slow.memory - fused.memory == saved

@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 
+import fastattn
 from fastattn.gpt2 import checkpoint, config, optim, plan, progress
 from fastattn.gpt2 import train as training
 from fastattn.gpt2.checkpoint import latest_run, load_model, read_state
 from fastattn.gpt2.config import GPT2Config
 from fastattn.gpt2.data import Batches, load_tokens
 from fastattn.gpt2.model import GPT2
-from fastattn.gpt2.options import Options
+from fastattn.gpt2.options import FUSED, Options
 from fastattn.gpt2.train import train
 
 pytest.importorskip("safetensors")
@@ -81,6 +82,37 @@ def test_attention_kinds_train_alike_over_30_steps(options):
     for kind in ("sdpa", "fastattn"):
         for step, expected in runs["standard"].items():
             assert runs[kind][step] == pytest.approx(expected, rel=1e-4), (kind, step)
+
+
+@pytest.mark.parametrize("fused", ["optimizer", "embedding,norm,linear,mlp,loss"])
+def test_what_is_fused_trains_as_plain_pytorch_does(options, fused, capsys):
+    runs = {}
+    for name in ("none", fused):
+        out = f"{options.out}-{name[:4]}"
+        train(replace(options, fused=name, dropout=0.0, clip=0.5, eval_every=0, out=out))
+        runs[name] = losses(out)
+        assert f"fused: {name.replace(',', ', ')}" in capsys.readouterr().out
+    for step, expected in runs["none"].items():
+        assert runs[fused][step] == pytest.approx(expected, rel=1e-4), step
+
+
+def test_the_optimizer_of_a_run_is_the_one_that_was_chosen(options):
+    assert options.fused_names == FUSED and replace(options, attention="sdpa").fused_names == ()
+    assert replace(options, fused="norm,optimizer").model_fused == ("norm",)
+    model = GPT2(GPT2Config(vocab_size=9, n_embd=8, n_head=2, n_layer=1))
+    assert type(optim.make_optimizer(model, lr=1e-3)) is torch.optim.AdamW
+    assert type(optim.make_optimizer(model, lr=1e-3, ours=True)) is fastattn.optim.AdamW
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_clipping_gives_the_norm_and_refuses_one_that_is_not_finite(ours):
+    weight = torch.nn.Linear(2, 1, bias=False)
+    optimizer = optim.make_optimizer(weight, lr=1.0, weight_decay=0.0, ours=ours)
+    weight.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert optim.clip_and_step(weight, optimizer, math.inf) == pytest.approx(5.0)
+    weight.weight.grad[0, 0] = math.inf
+    with pytest.raises(FloatingPointError, match="got gradient norm inf"):
+        optim.clip_and_step(weight, optimizer, 1.0)
 
 
 def test_a_run_that_ends_in_the_middle_goes_on_exactly(options, monkeypatch):
@@ -388,6 +420,7 @@ def test_a_run_may_be_made_longer_or_found_done(options, capsys):
         ({"dtype": "float16"}, "dtype: expected auto, float32 or bfloat16, got 'float16'"),
         ({"init": "folder"}, "one of size and init, got 'tiny' and 'folder'"),
         ({"attention": "flash"}, "attention: expected one of .* got 'flash'"),
+        ({"fused": "norm,flash"}, "fused: expected all, none or some of .* got 'norm,flash'"),
         ({"size": "huge"}, "size: expected one of .* got 'huge'"),
         ({"dropout": 1.0}, r"^dropout: expected a probability in \[0, 1\), got 1\.0"),
         ({"dropout": 1.5}, r"^dropout: expected a probability in \[0, 1\), got 1\.5"),

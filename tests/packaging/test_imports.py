@@ -150,7 +150,7 @@ MAY_IMPORT = {
     "testing": {"_backends", "ops.reference", "ops.triton", *SPEAKS_TO_PEOPLE},
     "gpu_check": {"gpt2", "integrations", "testing", *SPEAKS_TO_PEOPLE},
     "tune": {"_backends", "ops.library", "ops.triton", "testing", *SPEAKS_TO_PEOPLE},
-    "gpt2": {"_build", "cli", "integrations", "compiler", "distributed", *SPEAKS_TO_PEOPLE},
+    "gpt2": {"_build", "cli", "optim", "integrations", "compiler", "distributed", *SPEAKS_TO_PEOPLE},
     "report": {"gpt2"},
     "cli": {"_backends", "_build", "gpt2", "gpu_check", "report", "tune", *SPEAKS_TO_PEOPLE},
     "__main__": {"cli"},

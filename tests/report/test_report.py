@@ -297,3 +297,12 @@ def test_chromium_shows_it_in_both_colour_schemes(page: Path, tmp_path: Path) ->
         images.append(image.read_bytes())
     assert all(len(image) > 50_000 for image in images)
     assert images[0] != images[1]
+
+
+def test_what_a_kept_comparison_called_fastattn_was_its_attention() -> None:
+    found = rows._result(RESULTS / "compare_gpt2_1024.json")
+    assert (found["baseline"], found["ours"]) == ("standard", "attention")
+    assert list(found["train"]) == list(found["implementations"]) == ["standard", "sdpa", "attention"]
+    assert {s["implementation"] for s in found["samples"] + found["sweep"]} == set(found["train"])
+    assert set(found["parity"]["largest"]) == {"sdpa", "attention"} and found["versions"]["fastattn"]
+    assert found["verdict"].startswith("fastattn's attention trains")

@@ -10,12 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from fastattn.gpt2.compare.result import BASELINE
-
 # Okabe and Ito's colours, told apart by colour-blind eyes; marker and dash say the same once more.
 _LOOK: Final[dict[str, dict[str, Any]]] = {
     "standard": {"color": "#D55E00", "marker": "s", "linestyle": "-"},
     "sdpa": {"color": "#0072B2", "marker": "^", "linestyle": "--"},
+    "compiled": {"color": "#CC79A7", "marker": "v", "linestyle": ":"},
+    "attention": {"color": "#56B4E9", "marker": "D", "linestyle": "-."},
     "fastattn": {"color": "#009E73", "marker": "o", "linestyle": "-"},
 }
 
@@ -64,7 +64,7 @@ def _bars(axes: Axes, result: Mapping[str, Any], field: str, unit: float, label:
         height = row[bar] / unit
         axes.bar(i, height, width=0.62, color=_LOOK[name]["color"])
         text = f"{height:,.2f}"
-        if field == "ms" and name != BASELINE and row["speedup"] is not None:
+        if field == "ms" and name != result["baseline"] and row["speedup"] is not None:
             text += f"\n{row['speedup']:.2f}×"
         top = height
         if field == "ms":
@@ -94,6 +94,8 @@ def _lines(
     axes.set_yscale("log")
     for name, look in _LOOK.items():
         own = {row["context"]: row for row in points if row["implementation"] == name}
+        if not own:
+            continue
         measured = {t: row[field] / unit for t, row in own.items() if row["status"] == "measured"}
         axes.plot(list(measured), list(measured.values()), **look, label=name, linewidth=2, markersize=7)
     budget = result["budget"]["device_bytes"] or result["budget"]["memory_bytes"]
@@ -114,15 +116,16 @@ def _lines(
 
 def _mark_out_of_memory(axes: Axes, points: list[dict[str, Any]]) -> None:
     """A cross for each, in rows along the top."""
-    for row, (name, look) in enumerate(_LOOK.items()):
+    names = [name for name in _LOOK if any(point["implementation"] == name for point in points)]
+    for row, name in enumerate(names):
         for point in points:
             if point["implementation"] == name and point["status"] == "out of memory":
-                height = 0.96 - 0.06 * row
+                height = 0.96 - 0.05 * row
                 axes.plot(
                     point["context"],
                     height,
                     "x",
-                    color=look["color"],
+                    color=_LOOK[name]["color"],
                     markersize=8,
                     markeredgewidth=2.5,
                     transform=axes.get_xaxis_transform(),
@@ -141,7 +144,7 @@ def draw_loss(result: Mapping[str, Any]) -> Figure | None:
     axes = iter(figure.subplots(1, len(panels) + bool(plain), squeeze=False)[0])
     if plain:
         _draw_curves(next(axes), plain, "dropout 0: the same batches and weights")
-        _draw_differences(next(axes), plain, result["parity"]["tolerance"])
+        _draw_differences(next(axes), plain, result["parity"]["tolerance"], result["baseline"])
     if noisy:
         _draw_curves(next(axes), noisy, f"dropout {dropout}: each with its own random numbers")
     return figure
@@ -157,7 +160,7 @@ def _curves(result: Mapping[str, Any], phase: str) -> dict[str, dict[int, float]
 
 def _draw_curves(axes: Axes, curves: Mapping[str, Mapping[int, float]], title: str) -> None:
     # Wide below narrow, so that curves that coincide all stay visible.
-    for (name, curve), width in zip(curves.items(), (9.0, 5.0, 1.8), strict=False):
+    for (name, curve), width in zip(curves.items(), (10.0, 7.5, 5.0, 3.0, 1.5), strict=False):
         look = {**_LOOK[name], "linestyle": "-"}
         axes.plot(
             list(curve), list(curve.values()), **look, label=name, linewidth=width, markersize=width + 4
@@ -170,11 +173,13 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Mapping[int, float]], title: s
     axes.legend(frameon=False)
 
 
-def _draw_differences(axes: Axes, curves: Mapping[str, Mapping[int, float]], tolerance: float) -> None:
-    base = curves.get(BASELINE, {})
+def _draw_differences(
+    axes: Axes, curves: Mapping[str, Mapping[int, float]], tolerance: float, baseline: str
+) -> None:
+    base = curves.get(baseline, {})
     for name, curve in curves.items():
         common = [step for step in curve if step in base]
-        if name != BASELINE and common:
+        if name != baseline and common:
             # float32 losses that are equal to the bit are drawn at the bottom of the logarithmic axis
             off = [max(abs(curve[step] - base[step]) / abs(base[step]), 1e-9) for step in common]
             axes.plot(common, off, **_LOOK[name], label=name, linewidth=2)
@@ -182,7 +187,7 @@ def _draw_differences(axes: Axes, curves: Mapping[str, Mapping[int, float]], tol
     axes.set_yscale("log")
     axes.set_ylim(5e-10, 10 * tolerance)
     axes.set_xlabel("step")
-    axes.set_ylabel("relative difference from standard")
+    axes.set_ylabel(f"relative difference from {baseline}")
     axes.set_title("how far the losses are apart", fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True, alpha=0.25)
@@ -201,7 +206,7 @@ def draw_seeds(result: Mapping[str, Any]) -> Figure:
         left.plot(steps, losses, **{**_LOOK[name], "marker": ""}, label=label, linewidth=1.5, alpha=0.8)
         for step, loss in zip(steps, losses, strict=True):
             held.setdefault(name, {}).setdefault(step, []).append(loss)
-    base = held.get(BASELINE, {})
+    base = held.get("standard", {})
     for shift, (name, curve) in enumerate(held.items()):
         for i, (step, losses) in enumerate(sorted(curve.items())):
             if step in base:

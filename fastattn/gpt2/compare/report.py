@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fastattn.gpt2.compare.progress import point_text
-from fastattn.gpt2.compare.result import BASELINE, LEAST_COMMON_STEPS, OURS
+from fastattn.gpt2.compare.result import LEAST_COMMON_STEPS, is_ours
 from fastattn.gpt2.compare.session import WARM_UP_TOKENS
 
 UNSTEADY: Final = 1.3  # longest step over shortest above which the reader is warned; 1.1 on a quiet machine
@@ -57,7 +57,7 @@ def markdown(result: Mapping[str, Any], plots: list[str] | None) -> str:
     where = result["machine"]["gpu"] or result["machine"]["cpu"]
     parameters = "" if model["parameters"] is None else f", {model['parameters'] / 1e6:.1f} M parameters"
     parts = [
-        f"# {model['title']}: fastattn against standard attention",
+        f"# {model['title']}: {', '.join(result['implementations'])}",
         f"**{result['verdict']}**",
         f"{model['n_layer']} layers, {model['n_head']} heads, width {model['n_embd']}{parameters}; batch "
         f"{settings['batch']} × {settings['context']:,} tokens, dropout {settings['dropout']}, "
@@ -87,7 +87,7 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
     for name, row in result["implementations"].items():
         if row["status"] != "measured":
             found.append(f"{name}: {row['status']}: {row['reason']}")
-    ours = result["implementations"][OURS]["model"]
+    ours = result["implementations"][result["ours"]]["model"]
     if ours is not None and "backend: reference" in (ours["backend"] or ""):
         found.append("fastattn ran its slow reference, not its kernels; `python -m fastattn env` tells why.")
     if result["parity"]["passed"] is False:
@@ -137,15 +137,15 @@ def _parity(result: Mapping[str, Any]) -> list[str]:
     if not found["largest"]:
         return [*parts, "Not compared."]
     few = f"no verdict from fewer than {LEAST_COMMON_STEPS} steps"
-    outcome = {True: "pass", False: "FAIL", None: few if OURS in found["largest"] else "not compared"}[
-        found["passed"]
-    ]
+    compared = any(is_ours(name) for name in found["largest"])
+    outcome = {True: "pass", False: "FAIL", None: few if compared else "not compared"}[found["passed"]]
     lines = [
         [name, f"{found['largest'][name]:.1e}", f"{found['last'][name]:.1e}"] for name in found["largest"]
     ]
     parts.append(
         f"{found['steps']} steps with dropout 0 from the same weights on the same batches; difference of the "
-        f"loss from the standard's, relative to it (ours may be at most {found['tolerance']:.0e}: {outcome})."
+        f"loss from {result['baseline']}'s, relative to it (ours may be at most {found['tolerance']:.0e}: "
+        f"{outcome})."
     )
     parts.append(table(["", "largest of the steps", "at the last step"], lines))
     if result["settings"]["dropout"] > 0 and found["timing"]:
@@ -158,12 +158,13 @@ def sweep_table(result: Mapping[str, Any]) -> str:
     cells: dict[int, dict[str, Mapping[str, Any]]] = {}
     for row in result["sweep"]:
         cells.setdefault(row["context"], {})[row["implementation"]] = row
-    names = list(result["implementations"])
+    names = [name for name, one in result["implementations"].items() if not one["compiled"]]
+    base, ours = result["baseline"], result["ours"]
     lines = []
     for context, row in cells.items():
         speed = "–"
-        if all(name in row and row[name]["ms"] is not None for name in (BASELINE, OURS)):
-            speed = f"{row[BASELINE]['ms'] / row[OURS]['ms']:.2f}×"
+        if all(name in row and row[name]["ms"] is not None for name in (base, ours)):
+            speed = f"{row[base]['ms'] / row[ours]['ms']:.2f}×"
         lines.append([f"{context:,}", *(sweep_cell(row[n]) if n in row else "–" for n in names), speed])
     return table(["tokens", *names, "speed-up"], lines)
 
@@ -199,12 +200,13 @@ def _method(result: Mapping[str, Any]) -> str:
         f'{name}: {row["what"]} (`attn_implementation="{row["attn_implementation"]}"`)'
         for name, row in result["implementations"].items()
     ]
-    backend = result["implementations"][OURS]["model"]
+    backend = result["implementations"][result["ours"]]["model"]
     lines = [
         *rows,
         "one process each, taking turns of "
         f"{max(1, settings['steps'] // settings['rounds'])} step(s) in rotating order; the first step of "
-        "each warms up and is not in the medians; a step is forward, loss, backward, AdamW (fused)",
+        "each warms up (and compiles, where torch.compile is asked for) and is not in the medians; a step is "
+        "forward, loss, backward, AdamW (fused)",
         f"initial weights from seed {settings['seed']}, sha256 `{str(result['model']['weights'])[:16]}…` in "
         "every process",
         f"text: {result['data']['source']}, {result['data']['train_tokens']:,} tokens "

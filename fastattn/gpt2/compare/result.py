@@ -18,9 +18,7 @@ import fastattn
 from fastattn.gpt2.compare.session import Session
 from fastattn.gpt2.compare.settings import IMPLEMENTATIONS, LOSS_TOLERANCE
 
-SCHEMA: Final = 1
-BASELINE: Final = "standard"
-OURS: Final = "fastattn"
+SCHEMA: Final = 2
 LEAST_COMMON_STEPS: Final = 2  # the first has seen no update, so that it says nothing of the gradients
 
 
@@ -38,13 +36,16 @@ def result_of(session: Session, *, started: str, seconds: float, interrupted: bo
     """
     settings = session.settings
     implementations = {}
-    for name, (attention, what) in IMPLEMENTATIONS.items():
+    for name in settings.implementations:
+        one = IMPLEMENTATIONS[name]
         stop = session.stopped.get(name)
         if stop is not None and stop.status != "failed" and stop.context > settings.context:
             stop = None  # it trained; where the sweep ended for it is said there
         implementations[name] = {
-            "what": what,
-            "attn_implementation": attention,
+            "what": one.what,
+            "attn_implementation": one.attention,
+            "compiled": one.compiled,
+            "own": one.own,
             "status": "measured" if stop is None else stop.status,
             "reason": None if stop is None else f"{stop.reason} (at {stop.context:,} tokens)",
             "model": session.built.get(name),
@@ -66,38 +67,49 @@ def result_of(session: Session, *, started: str, seconds: float, interrupted: bo
         "machine": machine(settings.device) | {"threads": built.get("threads")},
         "versions": versions(),
         "budget": {"memory_bytes": session.memory_budget, "device_bytes": session.device_budget},
+        "baseline": settings.baseline,
+        "ours": settings.ours,
         "implementations": implementations,
-        "train": summaries(session.samples, "train", session.built),
+        "train": summaries(session.samples, "train", session.built, settings.baseline),
         "parity": parity(
-            session.samples, "parity" if settings.dropout > 0 else "train", LOSS_TOLERANCE[settings.dtype]
+            session.samples,
+            "parity" if settings.dropout > 0 else "train",
+            LOSS_TOLERANCE[settings.dtype],
+            settings.baseline,
         ),
         "sweep": session.sweep,
         "notes": session.notes,
         "samples": session.samples,
     }
     result["parity"]["timing"] = (
-        summaries(session.samples, "parity", session.built) if settings.dropout > 0 else result["train"]
+        summaries(session.samples, "parity", session.built, settings.baseline)
+        if settings.dropout > 0
+        else result["train"]
     )
     result["verdict"] = verdict(result)
     return result
 
 
 def summaries(
-    samples: Sequence[Mapping[str, Any]], phase: str, built: Mapping[str, Mapping[str, Any]]
+    samples: Sequence[Mapping[str, Any]],
+    phase: str,
+    built: Mapping[str, Mapping[str, Any]],
+    baseline: str = "standard",
 ) -> dict[str, dict[str, Any]]:
-    """For each implementation: time, throughput and memory of its steps of a phase, warm-up left out.
+    """For each implementation: time, throughput and memory of its steps of a phase.
 
-    ``activation_bytes`` is the peak above the libraries, the weights, their gradients and the optimiser's
-    state; ``speedup`` the median time of the standard over its own.
+    The warm-up is left out of the times, and of the memory where it compiles. ``activation_bytes`` is the
+    peak above the libraries, the weights, their gradients and the optimiser's state; ``speedup`` the median
+    time of `baseline` over its own.
     """
     found: dict[str, dict[str, Any]] = {}
-    for name in IMPLEMENTATIONS:
+    for name, one in IMPLEMENTATIONS.items():
         own = [s for s in samples if s["implementation"] == name and s["phase"] == phase]
         timed = [s for s in own if not s["warmup"]]
         if not timed:
             continue
         ms = [s["ms"] for s in timed]
-        peak = max(s["peak_bytes"] for s in own)
+        peak = max(s["peak_bytes"] for s in (timed if one.compiled else own))
         fixed = built[name]["libraries_bytes"] + built[name]["model_bytes"]
         found[name] = {
             "steps": len(timed),
@@ -109,42 +121,57 @@ def summaries(
             "activation_bytes": max(peak - fixed, 0),
         }
     for row in found.values():
-        base = found.get(BASELINE)
+        base = found.get(baseline)
         row["speedup"] = None if base is None else base["median_ms"] / row["median_ms"]
     return found
 
 
-def parity(samples: Sequence[Mapping[str, Any]], phase: str, tolerance: float) -> dict[str, Any]:
-    """How far each loss is from the standard's on the same batches with dropout 0, relative to it.
+def parity(
+    samples: Sequence[Mapping[str, Any]], phase: str, tolerance: float, baseline: str = "standard"
+) -> dict[str, Any]:
+    """How far each loss is from the baseline's on the same batches with dropout 0, relative to it.
 
     With dropout the implementations draw other random numbers, so that their losses say nothing about this.
 
     Returns:
-        ``largest`` and ``last`` relative difference by implementation, the `tolerance`, and whether ours
-        ``passed``: None where there are fewer than 2 steps in common, or `phase` has dropout. A loss that is
-        not finite is an infinite difference.
+        ``largest`` and ``last`` relative difference by implementation, the `tolerance`, and whether all that
+        have fastattn's attention ``passed``: None where there are fewer than 2 steps in common, or `phase`
+        has dropout. A loss that is not finite is an infinite difference.
     """
     losses: dict[str, dict[int, float]] = {}
     for s in samples:
         if s["phase"] == phase and s["dropout"] == 0:
             losses.setdefault(s["implementation"], {})[s["step"]] = s["loss"]
-    base = losses.get(BASELINE, {})
+    base = losses.get(baseline, {})
     largest: dict[str, float] = {}
     last: dict[str, float] = {}
     steps = 0
+    fewest: int | None = None
     for name, curve in losses.items():
         common = sorted(set(curve) & set(base))
-        if name == BASELINE or not common:
+        if name == baseline or not common:
             continue
         differences = [_difference(curve[step], base[step]) for step in common]
         largest[name], last[name] = max(differences), differences[-1]
         steps = max(steps, len(common))
+        if is_ours(name):
+            fewest = min(len(common), fewest or len(common))
     passed: bool | None = None
-    if OURS in largest:
-        passed = largest[OURS] <= tolerance
-        if passed and len(set(losses[OURS]) & set(base)) < LEAST_COMMON_STEPS:
+    if fewest is not None:
+        passed = largest_of_ours(largest) <= tolerance
+        if passed and fewest < LEAST_COMMON_STEPS:
             passed = None
     return {"steps": steps, "tolerance": tolerance, "largest": largest, "last": last, "passed": passed}
+
+
+def is_ours(name: str) -> bool:
+    """Whether an implementation has fastattn's attention, be it that alone."""
+    return IMPLEMENTATIONS[name].attention == "fastattn"
+
+
+def largest_of_ours(largest: Mapping[str, float]) -> float:
+    """The largest of `parity`'s differences among those with fastattn's attention."""
+    return max(difference for name, difference in largest.items() if is_ours(name))
 
 
 def _difference(loss: float, base: float) -> float:
@@ -154,42 +181,68 @@ def _difference(loss: float, base: float) -> float:
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """The outcome in one sentence, from the numbers of the run."""
-    ours, base = result["train"].get(OURS), result["train"].get(BASELINE)
+    """The outcome in a sentence or two, from the numbers of the run."""
+    ours, base = result["train"].get(result["ours"]), result["train"].get(result["baseline"])
     title = result["model"]["title"]
     if ours is None or base is None:
-        missing = [name for name, row in ((OURS, ours), (BASELINE, base)) if row is None]
-        why = []
-        for name in missing:
+        return _no_comparison(result)
+    saved = base["peak_bytes"] - ours["peak_bytes"]
+    memory = f"{abs(saved) / 1e9:.2f} GB ({abs(saved) / base['peak_bytes']:.0%})"
+    text = (
+        f"{_what(result['ours'])} trains {title} {_faster(ours)} than {_against(result['baseline'])} "
+        f"({ours['median_ms']:,.0f} ms against {base['median_ms']:,.0f} ms a step) with {memory} "
+        f"{'less' if saved >= 0 else 'more'} memory; {_agreement(result)}."
+    )
+    alone = result["train"].get("attention")
+    if alone is not None and "attention" not in (result["ours"], result["baseline"]):
+        text += f" fastattn's attention alone: {_faster(alone)}, {alone['peak_bytes'] / 1e9:.2f} GB."
+    return text
+
+
+def _no_comparison(result: Mapping[str, Any]) -> str:
+    """Why there is none, and what was measured all the same."""
+    why = []
+    for name in (result["ours"], result["baseline"]):
+        if name not in result["train"]:
             row = result["implementations"][name]
             why.append(
                 f"{name}: {row['status']}, {row['reason']}" if row["reason"] else f"{name}: no timed step"
             )
-        text = f"No comparison of {title} with standard attention ({'; '.join(why)})"
-        if ours is not None:
-            text += (
-                f"; fastattn takes {ours['median_ms']:,.0f} ms a step and {ours['peak_bytes'] / 1e9:.1f} GB"
-            )
-        return text + "."
-    ratio, saved = ours["speedup"], base["peak_bytes"] - ours["peak_bytes"]
-    speed = f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
-    share = abs(saved) / base["peak_bytes"]
-    losses = result["parity"]
-    if losses["passed"] is None:
-        agreement = "losses were not compared"
-    elif losses["largest"][OURS] == 0:
-        agreement = "losses are the same"
-    elif math.isinf(losses["largest"][OURS]):
-        agreement = "LOSSES ARE NOT FINITE at dropout 0"
-    elif losses["passed"]:
-        agreement = f"losses agree to {losses['largest'][OURS]:.0e}"
-    else:
-        agreement = f"LOSSES DIFFER by {losses['largest'][OURS]:.0e}, allowed {losses['tolerance']:.0e}"
-    return (
-        f"fastattn trains {title} {speed} than standard attention ({ours['median_ms']:,.0f} ms against "
-        f"{base['median_ms']:,.0f} ms a step) with {abs(saved) / 1e9:.2f} GB ({share:.0%}) "
-        f"{'less' if saved >= 0 else 'more'} memory; {agreement}."
+    text = (
+        f"No comparison of {result['model']['title']} with {_against(result['baseline'])} ({'; '.join(why)})"
     )
+    ours = result["train"].get(result["ours"])
+    if ours is not None:
+        taken = f"{ours['median_ms']:,.0f} ms a step and {ours['peak_bytes'] / 1e9:.1f} GB"
+        text += f"; {result['ours']} takes {taken}"
+    return text + "."
+
+
+def _agreement(result: Mapping[str, Any]) -> str:
+    found = result["parity"]
+    if found["passed"] is None:
+        return "losses were not compared"
+    largest = largest_of_ours(found["largest"])
+    if largest == 0:
+        return "losses are the same"
+    if math.isinf(largest):
+        return "LOSSES ARE NOT FINITE at dropout 0"
+    if found["passed"]:
+        return f"losses agree to {largest:.0e}"
+    return f"LOSSES DIFFER by {largest:.0e}, allowed {found['tolerance']:.0e}"
+
+
+def _faster(row: Mapping[str, Any]) -> str:
+    ratio = row["speedup"]
+    return f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
+
+
+def _what(name: str) -> str:
+    return "fastattn" if IMPLEMENTATIONS[name].own else "fastattn's attention"
+
+
+def _against(name: str) -> str:
+    return {"standard": "standard attention", "attention": "fastattn's attention alone"}.get(name, name)
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -123,7 +123,9 @@ class Session:
             self._note(f"stopped at the time budget of {(settings.time_budget or 0) / 60:.1f} min")
 
     def _train(self, phase: str, dropout: float, steps: int, least: int, until: float) -> None:
-        names = [name for name in IMPLEMENTATIONS if name not in self.stopped]
+        names = [name for name in self.settings.implementations if name not in self.stopped]
+        if phase != "train":
+            names = [name for name in names if not IMPLEMENTATIONS[name].compiled]
         kept = len(self.samples)
         if not self._alone:
             try:
@@ -159,7 +161,8 @@ class Session:
                         break
                     record = {"phase": phase, "context": context, "dropout": dropout}
                     record |= {"step": step, "warmup": step == 0}
-                    self._step(name, f"{phase}, step {step + 1}/{steps}", batches, record)
+                    compiles = ", compiles" if step == 0 and IMPLEMENTATIONS[name].compiled else ""
+                    self._step(name, f"{phase}, step {step + 1}/{steps}{compiles}", batches, record)
 
     def _worth(self, chunk: range, least: int, round_seconds: float, until: float) -> bool:
         """Whether the time budget has room for these steps: up to a share of it, for the `least` up to what
@@ -180,8 +183,7 @@ class Session:
         for name in names:
             self._progress.began(name, "starting" if name in fresh else "building", self._left())
         for name in fresh:
-            attention = IMPLEMENTATIONS[name][0]
-            spec = self.settings.worker_spec(attention, self.config, self.device_budget)
+            spec = self.settings.worker_spec(name, self.config, self.device_budget)
             self._workers[name] = Worker(spec, self._folder / f"{name}.log")
         command = {"do": "build", "context": context, "dropout": dropout}
         for name in names:
@@ -245,16 +247,16 @@ class Session:
     def _sweep(self) -> None:
         if self._deadline is None and self.settings.sweep is None:
             self._deadline = time.monotonic() + SWEEP_SECONDS
-        order = {name: i for i, name in enumerate(IMPLEMENTATIONS)}
+        names = [name for name in self.settings.implementations if not IMPLEMENTATIONS[name].compiled]
         for context in self.settings.contexts:
             measured = False
-            for name in ("fastattn", "standard", "sdpa"):
+            for name in rotated(names, -1):  # ours first: the longest context that it trains is what is asked
                 row = self._point(name, context)
                 measured |= row["status"] == "measured"
                 if row["status"] != "measured":
                     self._progress.say(point_text(row))
                 self.sweep.append(row)
-                self.sweep.sort(key=lambda r: (r["context"], order[r["implementation"]]))
+                self.sweep.sort(key=lambda r: (r["context"], names.index(r["implementation"])))
             if self.settings.sweep is None and not measured and context > self.settings.context:
                 break
 

@@ -6,19 +6,43 @@ import argparse
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from fastattn.gpt2.config import SIZES, GPT2Config, config_of
 from fastattn.gpt2.options import check_device
 
-# name -> (transformers' attn_implementation, what it is); the first is what the others are compared with.
+
+class Implementation(NamedTuple):
+    """One way of training the same GPT-2.
+
+    Attributes:
+        attention: transformers' attn_implementation.
+        what: for people.
+        compiled: by `torch.compile`, model and loss. It takes part in training alone: each dropout and each
+            context would compile it anew.
+        own: `fastattn.gpt2.GPT2` with every fused operation and `fastattn.optim.AdamW`, not transformers'
+            model with torch's.
+    """
+
+    attention: str
+    what: str
+    compiled: bool = False
+    own: bool = False
+
+
+# The first that is asked for is what the others are compared with, the last what the comparison is about.
 IMPLEMENTATIONS: Final = {
-    "standard": ("eager", "transformers' eager attention, the equation as written"),
-    "sdpa": ("sdpa", "transformers with torch.nn.functional.scaled_dot_product_attention"),
-    "fastattn": ("fastattn", "the same transformers model with fastattn's attention"),
+    "standard": Implementation("eager", "transformers' eager attention, the equation as written"),
+    "sdpa": Implementation("sdpa", "transformers with torch.nn.functional.scaled_dot_product_attention"),
+    "compiled": Implementation("sdpa", "sdpa's model and loss under torch.compile", compiled=True),
+    "attention": Implementation("fastattn", "the same transformers model with fastattn's attention"),
+    "fastattn": Implementation(
+        "fastattn", "fastattn.gpt2.GPT2, all its operations fastattn's, and fastattn.optim.AdamW", own=True
+    ),
 }
+_COMPILED_CONTEXT: Final = 1024  # tokens; beyond, and in a quick run, "compiled" is for who asks for it
 # Largest relative difference of the losses at dropout 0: rounding of the dtype's arithmetic, carried through
 # the steps' updates. bfloat16 has 8 bits, so that each loss is itself known to about 1e-2.
 LOSS_TOLERANCE: Final = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -47,6 +71,7 @@ class Settings:
         tokenizer: "gpt2" or "bytes".
         seed: of weights, dropout and batches.
         quick: the small job was asked for.
+        implementations: names of `IMPLEMENTATIONS`, in its order.
     """
 
     size: str
@@ -66,6 +91,7 @@ class Settings:
     tokenizer: str
     seed: int
     quick: bool
+    implementations: tuple[str, ...] = tuple(IMPLEMENTATIONS)
 
     def __post_init__(self) -> None:
         if not _CUSTOM_SIZE.fullmatch(self.size):
@@ -81,6 +107,25 @@ class Settings:
         for name, value in (("time", self.time_budget), ("memory", self.memory_budget)):
             if value is not None and value <= 0:
                 raise ValueError(f"--{name}-budget: expected more than 0, got {value}")
+        chosen = self.implementations
+        if chosen != tuple(name for name in IMPLEMENTATIONS if name in chosen) or len(chosen) < 2:
+            raise ValueError(
+                f"--implementations: expected two or more of {list(IMPLEMENTATIONS)}, got {list(chosen)}"
+            )
+        if IMPLEMENTATIONS[self.ours].attention != "fastattn":
+            raise ValueError(
+                f"--implementations: expected attention or fastattn among them, got {list(chosen)}"
+            )
+
+    @property
+    def baseline(self) -> str:
+        """The implementation that the others are compared with."""
+        return self.implementations[0]
+
+    @property
+    def ours(self) -> str:
+        """The implementation that the comparison is about."""
+        return self.implementations[-1]
 
     @property
     def contexts(self) -> tuple[int, ...]:
@@ -117,11 +162,14 @@ class Settings:
                     return f"GPT-2 {name}"
         return f"GPT-2 of size {self.size}"
 
-    def worker_spec(self, attention: str, config: GPT2Config, device_memory: int | None) -> dict[str, Any]:
-        """What a child process needs to know."""
+    def worker_spec(self, name: str, config: GPT2Config, device_memory: int | None) -> dict[str, Any]:
+        """What the child process of an implementation needs to know."""
+        chosen = IMPLEMENTATIONS[name]
         sizes = {name: getattr(config, name) for name in ("vocab_size", "n_embd", "n_layer", "n_head")}
         return {
-            "attention": attention,
+            "attention": chosen.attention,
+            "compiled": chosen.compiled,
+            "own": chosen.own,
             "config": {**sizes, "bos_token_id": None, "eos_token_id": None},
             "seed": self.seed,
             "device": self.device,
@@ -148,6 +196,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=int,
         help="training steps of each, the first to warm up; never cut for time (default 6)",
+    )
+    parser.add_argument(
+        "--implementations",
+        metavar="NAME,…",
+        help=f"of {','.join(IMPLEMENTATIONS)} (default: all; compiled not with --quick or over 1,024 tokens)",
     )
     parser.add_argument(
         "--rounds", type=int, help="turns that the steps are cut into (default: one step each)"
@@ -188,9 +241,10 @@ def settings_of(args: argparse.Namespace) -> Settings:
     minutes = args.time_budget
     if minutes is None and args.steps is None and not args.sweep:
         minutes = 1.7 if args.quick else 11.0
+    context = 1024 if args.context is None else args.context
     return Settings(
         size=args.size or ("mini" if args.quick else "gpt2"),
-        context=1024 if args.context is None else args.context,
+        context=context,
         batch=args.batch,
         steps=steps,
         parity_steps=steps if args.steps is not None else 4,
@@ -206,7 +260,19 @@ def settings_of(args: argparse.Namespace) -> Settings:
         tokenizer=args.tokenizer,
         seed=args.seed,
         quick=args.quick,
+        implementations=_implementations(args.implementations, args.quick or context > _COMPILED_CONTEXT),
     )
+
+
+def _implementations(text: str | None, short: bool) -> tuple[str, ...]:
+    """Those that `text` names, in the order of all; where it is None all, less the compiled if `short`."""
+    if text is None:
+        return tuple(name for name, one in IMPLEMENTATIONS.items() if not (short and one.compiled))
+    names = [name.strip() for name in text.split(",")]
+    unknown = sorted(set(names) - set(IMPLEMENTATIONS))
+    if unknown:
+        raise ValueError(f"--implementations: expected some of {list(IMPLEMENTATIONS)}, got {unknown}")
+    return tuple(name for name in IMPLEMENTATIONS if name in names)
 
 
 def tokens(text: str) -> int:

@@ -26,18 +26,22 @@ from fastattn.gpt2.compare.child import (
     serve,
     synchronize,
 )
+from fastattn.gpt2.config import GPT2Config
+from fastattn.gpt2.model import FUSED, GPT2
+from fastattn.optim import AdamW
 
 # The optimiser of GPT-2's reproductions (Brown et al. 2020, appendix B; nanoGPT), the learning rate for a
 # small batch and no warm-up.
-OPTIMIZER: Final[dict[str, Any]] = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+OPTIMIZER: Final[dict[str, Any]] = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
 class Trainer:
-    """A `transformers.GPT2LMHeadModel` with one attention implementation, and its optimiser.
+    """One implementation's GPT-2, transformers' or our own with its weights, and its optimiser.
 
     Args:
-        spec: what `Settings.worker_spec` made: ``attention`` (transformers' attn_implementation), ``config``
-            (of GPT2Config), ``seed``, ``device``, ``dtype`` and ``device_memory`` (bytes, or None).
+        spec: what `Settings.worker_spec` made: ``attention`` (transformers' attn_implementation),
+            ``compiled``, ``own``, ``config`` (of GPT2Config), ``seed``, ``device``, ``dtype`` and
+            ``device_memory`` (bytes, or None).
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -55,6 +59,7 @@ class Trainer:
         self.libraries_bytes = resident() if self.device.type == "cpu" else 0
         self.model: Any = None
         self.optimizer: Any = None
+        self.loss: Callable[[Any, Tensor, Tensor], Tensor] = GPT2.loss if spec["own"] else _loss
         self.batches: tuple[str, Tensor, Tensor] | None = None
 
     def build(self, context: int, dropout: float) -> dict[str, Any]:
@@ -72,8 +77,15 @@ class Trainer:
         torch.manual_seed(self.spec["seed"])  # the weights, and after them the dropout
         model = self.transformers.GPT2LMHeadModel(config)
         weights = _digest(model)
+        if self.spec["own"]:
+            model = _own(model, dropout)
         self.model = model.to(self.device).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), **OPTIMIZER)
+        if self.spec["own"]:
+            self.optimizer = AdamW(self.model.parameters(), **OPTIMIZER)
+        else:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), **OPTIMIZER, fused=True)
+        if self.spec["compiled"]:
+            self.loss = torch.compile(_loss, dynamic=False)
         parameters = list(self.model.parameters())
         return {
             "parameters": sum(p.numel() for p in parameters),
@@ -97,10 +109,8 @@ class Trainer:
             else contextlib.nullcontext()
         )
         with autocast:
-            logits = self.model(x, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
-        del logits
-        loss.backward()
+            loss = self.loss(self.model, x, y)
+        torch.autograd.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         value = loss.item()
@@ -125,6 +135,23 @@ class Trainer:
         shape = (1, config.n_head, context, config.n_embd // config.n_head)
         q = torch.empty(1, device=self.device, dtype=self.dtype).expand(shape)
         return str(fastattn.explain(q, q, q, mask=fastattn.causal(), dropout=dropout))
+
+
+def _loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Of transformers' model."""
+    logits = model(x, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+
+
+def _own(theirs: Any, dropout: float) -> GPT2:
+    """`fastattn.gpt2.GPT2` with every fused operation, of the weights of transformers' model, not copied."""
+    names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    config = GPT2Config(**{name: getattr(theirs.config, name) for name in names}).with_dropout(dropout)
+    with torch.device("meta"):
+        model = GPT2(config, "fastattn", FUSED)
+    model.load_state_dict(theirs.state_dict(), assign=True)
+    model.lm_head.weight = model.transformer.wte.weight
+    return model
 
 
 def _digest(model: torch.nn.Module) -> str:

@@ -114,7 +114,8 @@ def markdown(result: Mapping[str, Any], plots: list[str]) -> str:
                 "contexts: sixteen steps an octave, no finer than 64 tokens; a fit of the measured peaks "
                 "(a + b T + c T²) chooses what to try",
                 f"{settings['positions']} positions, dropout {settings['dropout']}, {settings['dtype']}, "
-                f"logits of {settings['loss_chunk']} tokens at a time for all; seed {settings['seed']}",
+                f"logits of {settings['loss_chunk']} tokens at a time (fastattn: 64 MiB of them); "
+                f"seed {settings['seed']}",
                 f"{result['data']['source']}, {result['data']['tokenizer']} tokens",
                 f"{machine['gpu'] or machine['cpu']} ({machine['isa']}), {machine['threads']} threads, "
                 f"{machine['memory_bytes'] / 1e9:.1f} GB",

@@ -18,8 +18,8 @@ from fastattn.gpt2.options import check_device
 IMPLEMENTATIONS: Final = {
     "standard": "attention as the equation is written: scores and probabilities in memory",
     "sdpa": "torch.nn.functional.scaled_dot_product_attention",
-    "fastattn": "fastattn's attention",
-    "fastattn+checkpoint": "fastattn's attention, and each block run again in the backward pass",
+    "fastattn": "fastattn's attention and every other operation of the model that it has",
+    "fastattn+checkpoint": "the same, and each block run again in the backward pass",
 }
 CHECKPOINT: Final = "+checkpoint"
 _UNITS: Final = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
@@ -39,7 +39,7 @@ class Settings:
         at: contexts to measure besides, whatever the budget, while the machine has the memory.
         dropout: probability of all of GPT-2's dropouts.
         positions: "learned", a table with a row for each position, or "rotary".
-        loss_chunk: tokens whose logits are held at a time, for all implementations alike.
+        loss_chunk: tokens whose logits are held at a time; fastattn chooses its own.
         dtype: "float32", or "bfloat16" for autocast with float32 weights.
         device: "cpu", "cuda" or "cuda:N".
         minutes: for everything; None for no limit.
