@@ -17,6 +17,7 @@ from fastattn.gpt2.options import Options
 
 _TOKENS_PER_PARAMETER = 20  # Hoffmann et al., "Training Compute-Optimal Large Language Models", 2022
 _PROCESS = 400 << 20  # torch, loaded
+_LOGITS = 64 << 20  # that the fused loss holds at a time
 # Bytes for each score that the reference attention holds for a while, measured on the CPU.
 _REFERENCE, _REFERENCE_DROPOUT = 16, 24
 
@@ -87,7 +88,7 @@ def expected_memory(config: GPT2Config, options: Options, dtype: torch.dtype, pa
     else:
         activations = layer * config.n_layer
     if "loss" in fused:  # the head's gradient is made in forward, beside the activations
-        logits = config.vocab_size * config.n_embd * 4
+        logits = config.vocab_size * config.n_embd * 4 + min(_LOGITS, tokens * config.vocab_size * 4)
     else:
         rows = min(tokens, options.loss_chunk or tokens)
         logits = rows * config.vocab_size * (12 + (item if item < 4 else 0))
