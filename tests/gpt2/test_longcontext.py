@@ -122,6 +122,19 @@ def test_options() -> None:
             parse(*words)
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [(("--quality", "--memory", "8GiB"), "without --quality"), (("--width", "64"), "with --quality")],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    longcontext.add_arguments(parser)
+    assert longcontext.run(parser.parse_args(words)) == 2
+    assert f"expected {message} alone" in capsys.readouterr().err
+
+
 def test_a_ratio_needs_a_baseline_that_was_run_to_its_edge() -> None:
     rows = {
         "standard": {"edge": "run", "longest": 1000},

@@ -11,6 +11,7 @@ import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Final
 
 from fastattn.gpt2.compare.progress import Progress, gigabytes
 from fastattn.gpt2.longcontext import quality
@@ -21,6 +22,9 @@ from fastattn.gpt2.longcontext.session import Session
 from fastattn.gpt2.longcontext.settings import Settings, settings_of
 
 __all__ = ["add_arguments", "find", "run"]
+
+_SEARCH_ALONE: Final = ("model", "memory", "implementations", "max_context", "at", "dropout", "loss_chunk")
+_QUALITY_ALONE: Final = ("contexts", "layers", "heads", "width", "lr", "tokens")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,14 +43,24 @@ def run(args: argparse.Namespace) -> int:
         0; 1 where nothing trained or an implementation failed; 2 for options that do not fit; 130 after
         Ctrl-C. The report is written in each case but 2.
     """
-    if args.quality:
-        return quality.run(args)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     try:
+        _check_options(args)
+        if args.quality:
+            return quality.run(args)
         settings = settings_of(args)
     except ValueError as error:
         return _refuse(error)
     return find(settings, args.out or Path("runs") / f"longcontext-{stamp}")
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse options of the search with --quality, and the other way round: they would change nothing."""
+    unused, settings = (_SEARCH_ALONE, Settings) if args.quality else (_QUALITY_ALONE, quality.Settings)
+    for name in unused:
+        if getattr(args, name) != getattr(settings, name):
+            where = "without" if args.quality else "with"
+            raise ValueError(f"--{name.replace('_', '-')}: expected {where} --quality alone")
 
 
 def find(settings: Settings, folder: Path) -> int:
