@@ -67,12 +67,18 @@ FASTATTN_INLINE void philox_group(uint64_t seed, uint32_t batch, uint32_t head, 
 template <class F>
 FASTATTN_INLINE void for_kept_in_row(uint64_t seed, int64_t row, int64_t columns, uint32_t drop_threshold,
                                      const F& f) {
-  uint32_t numbers[kPhiloxGroup];
-  for (int64_t c = 0; c < columns; c += W) {
-    if (c % kPhiloxGroup == 0)
-      philox_group(seed, 0, 0, static_cast<uint32_t>(row), static_cast<uint32_t>(c / kPhiloxGroup), numbers);
-    const vu x = *reinterpret_cast<const vu_any*>(numbers + c % kPhiloxGroup);
-    f(c, reinterpret_cast<vi>(x >= vu{} + drop_threshold));
+  // Many groups before the first is read: it was stored in halves, which no load of the whole is served from.
+  constexpr int64_t kColumns = 8 * kPhiloxGroup;
+  uint32_t numbers[kColumns];
+  for (int64_t c = 0; c < columns; c += kColumns) {
+    const int64_t end = columns - c < kColumns ? columns - c : kColumns;
+    for (int64_t g = 0; g < end; g += kPhiloxGroup)
+      philox_group(seed, 0, 0, static_cast<uint32_t>(row), static_cast<uint32_t>((c + g) / kPhiloxGroup),
+                   numbers + g);
+    for (int64_t i = 0; i < end; i += W) {
+      const vu x = *reinterpret_cast<const vu_any*>(numbers + i);
+      f(c + i, reinterpret_cast<vi>(x >= vu{} + drop_threshold));
+    }
   }
 }
 
