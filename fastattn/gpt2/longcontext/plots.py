@@ -20,6 +20,8 @@ LOOK: Final[dict[str, dict[str, Any]]] = {
     "fastattn+checkpoint": {"color": "#CC79A7", "marker": "D", "linestyle": "-."},
     "standard+checkpoint": {"color": "#E69F00", "marker": "v", "linestyle": ":"},
     "sdpa+checkpoint": {"color": "#56B4E9", "marker": "<", "linestyle": ":"},
+    "attention": {"color": "#56B4E9", "marker": "P", "linestyle": "-"},
+    "attention+checkpoint": {"color": "#7F7F7F", "marker": "X", "linestyle": "-."},
 }
 
 _COLORS: Final = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -10,7 +10,7 @@ from typing import Any
 from fastattn.gpt2.compare.report import bullets, table
 from fastattn.gpt2.longcontext.result import times_longer
 from fastattn.gpt2.longcontext.session import BASELINE
-from fastattn.gpt2.longcontext.settings import CHECKPOINT, IMPLEMENTATIONS
+from fastattn.gpt2.longcontext.settings import ATTENTION, CHECKPOINT, IMPLEMENTATIONS
 from fastattn.gpt2.longcontext.worker import WARM_UP_TOKENS
 
 
@@ -130,4 +130,6 @@ def markdown(result: Mapping[str, Any], plots: list[str]) -> str:
 
 
 def _besides(name: str) -> str:
-    return f"{name.removesuffix(CHECKPOINT)}, and each block run again in the backward pass"
+    plain, again = name.removesuffix(CHECKPOINT), name.endswith(CHECKPOINT)
+    what = "fastattn's attention, the rest plain" if plain == ATTENTION else plain
+    return what + (", and each block run again in the backward pass" if again else "")

@@ -21,6 +21,7 @@ IMPLEMENTATIONS: Final = {
     "fastattn": "fastattn's attention and every other operation of the model that it has",
     "fastattn+checkpoint": "the same, and each block run again in the backward pass",
 }
+ATTENTION: Final = "attention"  # to be asked for by name
 CHECKPOINT: Final = "+checkpoint"
 _UNITS: Final = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
@@ -31,7 +32,8 @@ class Settings:
 
     Attributes:
         model: name of `config.SIZES`, or an alias such as "124M".
-        implementations: of `IMPLEMENTATIONS`, or "standard+checkpoint" and "sdpa+checkpoint".
+        implementations: of `IMPLEMENTATIONS`, or "attention" (ours, the rest plain); each also with
+            "+checkpoint".
         memory: bytes that the process that trains may hold, libraries and all; on a GPU what torch may
             allocate.
         max_context: tokens; nothing longer is tried.
@@ -68,7 +70,7 @@ class Settings:
         config_of(self.model)
         check_device(self.device, "--device")
         for name in self.implementations:
-            if name.removesuffix(CHECKPOINT) not in ("standard", "sdpa", "fastattn"):
+            if name.removesuffix(CHECKPOINT) not in ("standard", "sdpa", ATTENTION, "fastattn"):
                 raise ValueError(f"--implementations: expected some of {list(IMPLEMENTATIONS)}, got {name!r}")
         if len(set(self.implementations)) < len(self.implementations) or not self.implementations:
             raise ValueError(f"--implementations: expected each once, got {list(self.implementations)}")
@@ -98,8 +100,10 @@ class Settings:
 
     def worker_spec(self, implementation: str, device_memory: int | None) -> dict[str, Any]:
         """What a child process needs to know."""
+        kind = implementation.removesuffix(CHECKPOINT)
         return {
-            "attention": implementation.removesuffix(CHECKPOINT),
+            "attention": "fastattn" if kind == ATTENTION else kind,
+            "fused": () if kind == ATTENTION else None,
             "checkpoint": implementation.endswith(CHECKPOINT),
             "device_memory": device_memory,
             **{name: getattr(self, name) for name in ("seed", "device", "dtype", "loss_chunk")},

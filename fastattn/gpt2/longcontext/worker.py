@@ -49,7 +49,7 @@ class Trainer:
         libraries = resident() if self.device.type == "cpu" else 0
         config = GPT2Config(**command["config"])
         torch.manual_seed(self.spec["seed"])
-        model = GPT2(config, self.spec["attention"]).to(self.device)
+        model = GPT2(config, self.spec["attention"], self.spec["fused"]).to(self.device)
         model.transformer.gradient_checkpointing = self.spec["checkpoint"]
         optimizer = make_optimizer(model, lr=_LEARNING_RATE)
         ids = torch.load(command["x"], weights_only=True).to(self.device)
