@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from fastattn.gpu_check.machine import Machine, details
 HERE = Path(__file__).resolve().parent
 # Minutes each: they run where they are named, by `--op` or by their folder, or with `--all-cases`.
 LONG = ("compiler", "gpt2")
+# Where nothing is named, so many cases of each suite are run: a look at every operation in a few minutes.
+FIRST, FIRST_OF = 2, {"test_peers.py": 9}
 # The benchmarks of a GPU alone, and those of whatever device is asked for; all others measure the CPU.
 ON_A_GPU, ON_EITHER = ("test_gpu.py",), ("test_peers.py",)
 
@@ -46,13 +49,15 @@ def words(config: pytest.Config, option: str) -> list[str] | None:
     return None if found is None else [word.strip() for word in str(found).split(",")]
 
 
+def _named(config: pytest.Config) -> set[str]:
+    """The folders of bench/ among the arguments."""
+    paths = [Path(str(word).partition("::")[0]).resolve() for word in config.args]
+    return {part for path in paths if path.is_relative_to(HERE) for part in path.relative_to(HERE).parts[:1]}
+
+
 def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    named = [Path(str(word).partition("::")[0]).resolve() for word in config.args]
-    folders = [path.relative_to(HERE).parts[:1] for path in named if path.is_relative_to(HERE)]
-    suite = "-".join(
-        words(config, "--op") or sorted({part for parts in folders for part in parts}) or ["bench"]
-    )
+    suite = "-".join(words(config, "--op") or sorted(_named(config)) or ["bench"])
     RUN.begin(suite, device, config.getoption("--rows"))
     rows.LISTENERS.append(_listen)
 
@@ -93,14 +98,21 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     wanted = words(config, "--op")
     if wanted is not None:
         return True if folder not in wanted else None
-    named = any(
-        Path(str(word).partition("::")[0]).resolve().is_relative_to(HERE / folder) for word in config.args
-    )
+    named = folder in _named(config)
     return True if folder in LONG and not named and not config.getoption("--all-cases") else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = [item for item in items if _is_wanted(config, item)]
+    chosen = ("--op", "--all-cases", "keyword", "--length", "--mask", "--dtype")
+    if not (_named(config) or any(config.getoption(option) for option in chosen)):
+        seen: Counter[Path] = Counter()
+        short = []
+        for item in wanted:
+            seen[item.path] += 1
+            if seen[item.path] <= FIRST_OF.get(item.path.name, FIRST):
+                short.append(item)
+        wanted = short
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     items[:] = wanted
 

@@ -94,11 +94,13 @@ def compare(
         seconds: to spend on a case, about.
 
     Raises:
-        ValueError: git knows no such commit, or no call is of these operations.
+        ValueError: git knows no such commit, or no call is of these operations or passes.
     """
     names = [name for name in CALLS if ops is None or name.split()[0] in ops]
     if not names:
         raise ValueError(f"expected operations among {sorted({x.split()[0] for x in CALLS})}, got {ops}")
+    if not set(passes) <= {"forward", "both"}:
+        raise ValueError(f"passes against a commit: expected forward and both, got {', '.join(passes)}")
     commit = git("rev-parse", "--short=9", ref)
     pairs = [Pair(*case) for case in product(names, sizes, passes)]
     with checkout(ref) as root:
