@@ -154,7 +154,7 @@ def test_compiled_whole_for_any_length() -> None:
 @needs_library
 def test_vmap_and_grad() -> None:
     x, weight = torch.randn(3, 4, 6), torch.randn(5, 6)
-    found = torch.func.vmap(lambda x: fastattn.linear(x, weight))(x)
+    found = torch.func.vmap(lambda x: fastattn.linear(x, weight, backend="cpu"))(x)
     torch.testing.assert_close(found, F.linear(x, weight))
 
 
@@ -178,7 +178,7 @@ def test_flops_are_counted() -> None:
 
     x, weight = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
-        fastattn.linear(x, weight).sum().backward()
+        fastattn.linear(x, weight, backend="cpu").sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 6 * 4 * 5
 
 
@@ -187,12 +187,12 @@ def test_explain_says_whose_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "_known", {})
     monkeypatch.delenv("FASTATTN_GEMM", raising=False)
     monkeypatch.delenv("FASTATTN_ISA", raising=False)
-    x, weight = torch.randn(64, 96), torch.randn(80, 96)
+    x, weight = torch.randn(64, 192), torch.randn(192, 192)
     found = fastattn.explain(fastattn.linear, x, weight)
     assert found.backend == "cpu"
     assert "measured to be faster at the first use" in str(found)
     fastattn.linear(x, weight)
-    assert "torch's speed for [64, 96] @ [96, 80]" in str(fastattn.explain(fastattn.linear, x, weight))
+    assert "torch's speed for [64, 192] @ [192, 192]" in str(fastattn.explain(fastattn.linear, x, weight))
     monkeypatch.setenv("FASTATTN_GEMM", "torch")
     assert "torch's: FASTATTN_GEMM=torch" in str(fastattn.explain(fastattn.linear, x, weight))
     monkeypatch.setenv("FASTATTN_GEMM", "mine")
@@ -210,9 +210,18 @@ def test_the_faster_is_taken(monkeypatch: pytest.MonkeyPatch, seconds: tuple[flo
     monkeypatch.setattr(measured, "_seconds", lambda run, *rest: theirs if run is measured._torch else ours)
     called = []
     monkeypatch.setattr(cpu, "gemm", lambda a, b, out, **_: called.append("ours") or torch.mm(a, b, out=out))
-    x, weight = torch.randn(64, 96), torch.randn(80, 96)
+    x, weight = torch.randn(64, 192), torch.randn(192, 192)
     torch.testing.assert_close(fastattn.linear(x, weight), F.linear(x, weight))
     assert bool(called) == (ours < theirs)
+
+
+@needs_library
+def test_few_operations_are_left_to_torch() -> None:
+    x, weight = torch.randn(1, 64), torch.randn(64, 64)
+    found = fastattn.explain(fastattn.linear, x, weight)
+    assert found.backend == "reference"
+    assert "fewer than 4194304 operations" in str(found)
+    assert fastattn.explain(fastattn.linear, x, weight, backend="cpu").backend == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -188,20 +188,6 @@ def dropout_add_layer_norm(node: fx.Node) -> bool:
     return True
 
 
-def layer_norm(node: fx.Node) -> bool:
-    """``layer_norm(x)``."""
-    norm = _layer_norm(node)
-    if norm is None:
-        return False
-    x, shape, weight, bias, eps = norm
-    write = Writer(node)
-    new = write.call(
-        torch.ops.fastattn.rewritten_layer_norm.default, x, list(shape), weight, bias, eps, version()
-    )
-    _put(write, new, node)
-    return True
-
-
 def linear(node: fx.Node) -> bool:
     """A linear layer on a CPU, where the product is measured; a GPU's own library keeps its own."""
     layer = layer_of(node)
@@ -225,7 +211,6 @@ MATCHES: Final[dict[str, Callable[[fx.Node], bool]]] = {
     "linear + cross entropy": linear_cross_entropy,
     "cross entropy": cross_entropy,
     "dropout + add + layer norm": dropout_add_layer_norm,
-    "layer norm": layer_norm,
     "linear": linear,
 }
 

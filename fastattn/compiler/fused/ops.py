@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.cross_entropy import cross_entropy, linear_cross_entropy
-from fastattn.ops.layer_norm import dropout_add_layer_norm, layer_norm
+from fastattn.ops.layer_norm import dropout_add_layer_norm
 from fastattn.ops.linear import linear
 from fastattn.ops.mlp import mlp
 
@@ -24,10 +24,6 @@ _define(
     "mlp",
     "(Tensor x, Tensor w1, Tensor? b1, bool turned1, Tensor w2, Tensor? b2, bool turned2, Tensor? gate, "
     "Tensor? gate_bias, bool turned_gate, str activation, str version) -> Tensor",
-)
-_define(
-    "layer_norm",
-    "(Tensor x, SymInt[] shape, Tensor? weight, Tensor? bias, float eps, str version) -> Tensor",
 )
 _define(
     "dropout_add_layer_norm",
@@ -72,13 +68,6 @@ def _mlp(
 ) -> Tensor:
     third = None if gate is None else (_upright(gate, turned_gate), gate_bias)
     return mlp(x, _upright(w1, turned1), b1, _upright(w2, turned2), b2, activation, gate=third)
-
-
-@torch.library.impl("fastattn::rewritten_layer_norm", "CompositeImplicitAutograd")
-def _layer_norm(
-    x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float, version: str
-) -> Tensor:
-    return layer_norm(x, shape, weight, bias, eps)
 
 
 @torch.library.impl("fastattn::rewritten_dropout_add_layer_norm", "CompositeImplicitAutograd")

@@ -10,9 +10,9 @@ from torch import Tensor
 from fastattn.ops import choice
 from fastattn.ops.linear import library, reference
 
-_AGAINST: Final = (
-    choice.Against("triton", "torch's own product is at least as fast here, unless this is asked for", False),
-)
+# Floating-point operations: for fewer, calling an operation that is written in Python takes longer than there
+# is to be won.
+_FEW: Final = 1 << 22
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -48,7 +48,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     choice.check_tensors(x=x, weight=weight, bias=bias)
     x, weight, bias = choice.autocast(x, weight, bias)
     check_linear(x, weight, bias)
-    chosen = choice.choose(x, backend, _AGAINST, lambda: _notes(x, weight))
+    chosen = choice.choose(x, backend, _against(x, weight), lambda: _notes(x, weight))
     if chosen == "reference":
         with choice.no_autocast(x.device):
             return reference.linear(x, weight, bias)
@@ -73,6 +73,19 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "we
             )
     if not x.is_floating_point():
         raise ValueError(f"x: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def _against(x: Tensor, weight: Tensor) -> list[choice.Against]:
+    if not x.is_cpu:
+        reason = "torch's own product is at least as fast here, unless this is asked for"
+        return [choice.Against("triton", reason, for_all=False)]
+    # Not while compiling: a graph would be for one side of the limit. Of 16 bits torch's may be far slower.
+    if x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return []
+    if 2 * x.numel() * weight.shape[0] < _FEW:
+        reason = f"torch's own is as fast for fewer than {_FEW} operations, unless this is asked for"
+        return [choice.Against("cpu", reason, for_all=False)]
+    return []
 
 
 def _notes(x: Tensor, weight: Tensor) -> tuple[str, ...]:
