@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -214,6 +214,14 @@ class Transformer(nn.Module):
             cache.length = end
         hidden: Tensor = self.ln_f(x, residual)[0]
         return hidden
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
+        """Moves and casts; the tables of rotary positions stay float32, whatever the weights become."""
+        super()._apply(fn, recurse)
+        if self.wpe is None and self.cos.dtype != torch.float32:
+            cos, sin = _angles(self.n_positions, 2 * self.cos.shape[1])
+            self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
+        return self
 
     def _embed(self, ids: Tensor, past: int) -> Tensor:
         dropout = self.embd_pdrop if self.training else 0.0

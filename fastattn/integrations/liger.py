@@ -36,10 +36,14 @@ __all__ = [
 
 def _refuse(**given: Any) -> None:
     for name, value in given.items():
-        if value is not None and value is not False:
-            raise NotImplementedError(
-                f"{name}: expected None or False, which is all that fastattn has, got {value!r}"
-            )
+        if value is not None and not (value is False and name == "return_z_loss"):
+            raise NotImplementedError(f"{name}: expected none, got {value!r}: there is no such option here")
+
+
+def _by_name(names: tuple[str, ...], args: tuple[Any, ...]) -> dict[str, Any]:
+    if len(args) > len(names):
+        raise TypeError(f"expected at most {len(names)} arguments {list(names)}, got {len(args)}")
+    return dict(zip(names, args, strict=False))
 
 
 def liger_cross_entropy(
@@ -187,7 +191,7 @@ class LigerCrossEntropyLoss(nn.Module):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__()
         names = ("weight", "ignore_index", "lse_square_scale", "label_smoothing", "reduction", "softcap")
-        self.options = dict(zip(names, args, strict=False)) | options
+        self.options = _by_name(names, args) | options
 
     def forward(self, _input: Tensor, target: Tensor) -> Tensor:
         return liger_cross_entropy(_input, target, **self.options)
@@ -200,7 +204,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__()
         names = ("ce_weight", "ignore_index", "lse_square_scale", "label_smoothing", "reduction", "softcap")
-        self.options = dict(zip(names, args, strict=False)) | options
+        self.options = _by_name(names, args) | options
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
@@ -216,10 +220,14 @@ class LigerLayerNorm(LayerNorm):
 
 
 class LigerRMSNorm(RMSNorm):
-    """`fastattn.nn.RMSNorm`, made as Liger's without an offset."""
+    """`fastattn.rms_norm` with ``weight + offset``, made as Liger's."""
 
-    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+    def __init__(self, hidden_size: int, eps: float = 1e-6, offset: float = 0.0) -> None:
         super().__init__(hidden_size, eps)
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return liger_rms_norm(x, self.weight, self.eps or 1e-6, self.offset)
 
 
 class _GatedMLP(nn.Module):

@@ -23,3 +23,10 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 products are taken: in tensor float 32 only where torch's own are."""
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -37,7 +37,11 @@ def test_fused_linear_cross_entropy() -> None:
 
 def test_what_is_not_there_raises() -> None:
     x, target = torch.randn(9, 20), torch.randint(20, (9,))
-    with pytest.raises(NotImplementedError, match="return_z_loss: expected None or False"):
+    with pytest.raises(NotImplementedError, match="size_average: expected none, got False"):
+        liger.liger_cross_entropy(x, target, size_average=False)
+    with pytest.raises(TypeError, match="at most 6 arguments"):
+        liger.LigerFusedLinearCrossEntropyLoss(None, -100, 0.0, 0.0, "mean", None, True)
+    with pytest.raises(NotImplementedError, match="return_z_loss: expected none"):
         liger.liger_cross_entropy(x, target, return_z_loss=True)
     with pytest.raises(NotImplementedError, match="ce_weight"):
         liger.liger_fused_linear_cross_entropy(x, x, target, ce_weight=torch.ones(20))
@@ -52,6 +56,7 @@ def test_norms() -> None:
     close(out, F.rms_norm(z, (6,), w, 1e-6))
     close(liger.LigerLayerNorm(6)(x), F.layer_norm(x, (6,), eps=1e-6))
     close(liger.LigerRMSNorm(6)(x), F.rms_norm(x, (6,), eps=1e-6))
+    close(liger.LigerRMSNorm(6, offset=1.0)(x), 2 * F.rms_norm(x, (6,), eps=1e-6))
 
 
 @pytest.mark.parametrize("batch", [1, 2])

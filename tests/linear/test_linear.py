@@ -77,7 +77,8 @@ if not _backends.unavailable("triton"):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_forward_and_gradients(backend: str, dtype: torch.dtype) -> None:
+def test_forward_and_gradients(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTATTN_GEMM", "ours")  # not whichever is faster
     inputs = {
         "x": torch.randn(2, 37, 50).to(dtype),
         "weight": torch.randn(23, 50).to(dtype),
@@ -98,6 +99,13 @@ def test_a_weight_stored_as_in_by_out_keeps_its_layout(backend: str) -> None:
     assert weight.grad is not None
     assert weight.grad.stride() == weight.stride()
     torch.testing.assert_close(weight.grad, 2 * x.t() @ (x @ weight.detach()))
+
+
+@pytest.mark.parametrize("backend", [x for x in BACKENDS if x != "reference"])
+def test_nothing_to_multiply(backend: str) -> None:
+    x, weight = torch.ones(2, 3, 0), torch.ones(4, 0)
+    assert torch.equal(fastattn.linear(x, weight, torch.ones(4), backend=backend), torch.ones(2, 3, 4))
+    assert fastattn.linear(torch.ones(2, 0, 3), torch.ones(4, 3), backend=backend).shape == (2, 0, 4)
 
 
 @pytest.mark.parametrize("backend", [x for x in BACKENDS if x != "reference"])
@@ -131,7 +139,10 @@ def test_reference_gradcheck() -> None:
 def test_opcheck() -> None:
     x, weight, bias = torch.randn(6, 4), torch.randn(5, 4), torch.randn(5)
     torch.library.opcheck(torch.ops.fastattn.linear_forward, (x, weight, bias, "cpu"))
-    torch.library.opcheck(torch.ops.fastattn.linear_backward, (torch.randn(6, 5), x, weight, 7, "cpu"))
+    for wanted in (1, 2, 7):
+        torch.library.opcheck(
+            torch.ops.fastattn.linear_backward, (torch.randn(6, 5), x, weight, wanted, "cpu")
+        )
 
 
 @needs_library

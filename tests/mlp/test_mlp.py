@@ -243,6 +243,27 @@ def test_flops_are_counted(recompute: bool) -> None:
     assert counter.get_total_flops() == (3 * 3 + 2 * recompute) * 2 * 6 * 8 * 12
 
 
+@needs_library
+def test_a_residual_keeps_its_digits_under_autocast() -> None:
+    x, w1, w2 = torch.randn(3, 4), torch.randn(6, 4), torch.zeros(4, 6)
+    residual = torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fastattn.mlp(x, w1, None, w2, None, residual=residual), residual)
+
+
+@needs_library
+def test_without_a_gradient_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastattn.ops.mlp import library
+
+    kept = []
+    monkeypatch.setattr(library.MLP, "apply", lambda *a: kept.append(not a[-2]) or (a[0], None, None))
+    x, w = torch.randn(3, 4), torch.randn(4, 4, requires_grad=True)
+    fastattn.mlp(x, w, None, w, None)
+    with torch.no_grad():
+        fastattn.mlp(x, w, None, w, None)
+    assert kept == [True, False]
+
+
 def test_autocast() -> None:
     module = fastattn.nn.MLP(8)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Compile the kernels of rotary, embedding and AdamW for the GPU targets in argv; JSON of the results."""
+"""Compile the kernels of the fused operations for the GPU targets in argv; JSON of the results."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import torch
 
 from fastattn.ops.adamw.triton import step
 from fastattn.ops.embedding.triton import embedding, gradient
+from fastattn.ops.layer_norm.triton import backward, forward
+from fastattn.ops.linear.epilogues import ACTIVATE, GATE_SLOPE, SLOPE
+from fastattn.ops.linear.triton import gemm
+from fastattn.ops.mlp.triton.dropout import dropout_add
 from fastattn.ops.rotary.triton import rotary
 from fastattn.testing.compiled import compile_kernels
 
@@ -28,6 +32,16 @@ def calls() -> None:
         gradient(table[:6], ids, 9, seed, 0.1, -1)
         tensors = [torch.zeros(5000, dtype=dtype)]
         step(tensors, tensors, tensors, tensors, [torch.ones(())], 1e-3, (0.9, 0.99), 1e-8, 0.1, 0.5)
+
+    wide, weight = torch.zeros(128, 768).bfloat16(), torch.zeros(3072, 768).bfloat16()
+    out, u, h, d = (torch.zeros(128, 3072).bfloat16() for _ in range(4))
+    gemm(wide, weight.t(), out, bias=torch.zeros(3072).bfloat16(), epilogue=ACTIVATE, activation=1, u=u)
+    gemm(wide, weight.t(), out, epilogue=SLOPE, activation=0, u=u, h=h)
+    gemm(wide, weight.t(), out, epilogue=GATE_SLOPE, activation=2, u=u, gate=u, h=h, d=d)
+    dropout_add(wide, wide, seed, 0.1, wide)
+    ones = torch.ones(768)
+    _, z, mean, rstd = forward(wide, wide, ones, ones, seed, 0.1, 1e-5, 0.0, False, torch.float32)
+    backward(wide, z, z, ones, mean, rstd, seed, 0.1, 0.0, False, 15)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
@@ -52,8 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     if chosen == "reference":
         with choice.no_autocast(x.device):
             return reference.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    out: Tensor = library.Linear.apply(rows, weight, bias, chosen)
+    out: Tensor = library.Linear.apply(as_rows(x), weight, bias, chosen)
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -75,6 +75,11 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "we
         raise ValueError(f"x: expected float32, bfloat16, float16 or float64, got {x.dtype}")
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """``[rows, x.shape[-1]]``. The rows are counted: nothing can be inferred where there are no columns."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _against(x: Tensor, weight: Tensor) -> list[choice.Against]:
     if not x.is_cpu:
         reason = "torch's own product is at least as fast here, unless this is asked for"
@@ -93,5 +98,5 @@ def _notes(x: Tensor, weight: Tensor) -> tuple[str, ...]:
         return ()
     from fastattn.ops.linear import measured  # noqa: PLC0415
 
-    rows = x.reshape(-1, x.shape[-1])
+    rows = as_rows(x)
     return (measured.known(rows, weight.t(), rows[:0]),)

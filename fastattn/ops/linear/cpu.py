@@ -69,8 +69,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def backward(dout: Tensor, x: Tensor, weight: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
     """`fastattn::linear_backward` on CPU."""
     _backends.require("cpu")
-    none = x.new_empty((0,))
-    dx, dweight, dbias = none, none, none
+    dx, dweight, dbias = (x.new_empty((0,)) for _ in range(3))
     if wanted & WANTED_X:
         dx = matmul(dout, weight, torch.empty_like(x, memory_format=torch.contiguous_format))
     if wanted & WANTED_WEIGHT:

@@ -50,9 +50,8 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) 
 def _fake_backward(
     dout: Tensor, x: Tensor, weight: Tensor, wanted: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    none = x.new_empty((0,))
     return (
-        x.new_empty(x.shape) if wanted & WANTED_X else none,
+        x.new_empty(x.shape if wanted & WANTED_X else (0,)),
         torch.empty_like(weight) if wanted & WANTED_WEIGHT else x.new_empty((0,)),
         x.new_empty((weight.shape[0],)) if wanted & WANTED_BIAS else x.new_empty((0,)),
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastattn.ops import choice
 from fastattn.ops.activations import activation_id
-from fastattn.ops.linear.api import check_linear
+from fastattn.ops.linear.api import as_rows, check_linear
 from fastattn.ops.mlp import library, reference
 
 
@@ -39,7 +40,8 @@ def mlp(
         b2: ``[out_features]`` or None.
         activation: ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, ``"relu"`` or ``"relu2"`` (ReLU squared).
         gate: ``[hidden_features, in_features]``, alone or with its bias ``[hidden_features]``, or None.
-        residual: ``[..., out_features]`` of x's dtype, added to the result, or None.
+        residual: ``[..., out_features]`` of x's dtype or float32, added to the result, or None; left as it is
+            by autocast.
         dropout: probability in [0, 1) that an element of the second layer's output is zeroed; the others grow
             by 1 / (1 - dropout). Taken in 65,536ths.
         seed: of the dropout, an int in [0, 2^63) or an int64 tensor [1]; drawn from torch's generator if
@@ -49,7 +51,7 @@ def mlp(
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; the best that can if None. See `explain`.
 
     Returns:
-        ``[..., out_features]`` in x's dtype.
+        ``[..., out_features]`` in x's dtype, or the residual's where that has more digits.
 
     Raises:
         TypeError: not tensors.
@@ -67,7 +69,7 @@ def mlp(
     """
     w3, b3 = gate if isinstance(gate, tuple) else (gate, None)
     choice.check_tensors(x=x, w1=w1, b1=b1, w2=w2, b2=b2, gate=w3, gate_bias=b3, residual=residual)
-    x, w1, b1, w2, b2, w3, b3, residual = choice.autocast(x, w1, b1, w2, b2, w3, b3, residual)
+    x, w1, b1, w2, b2, w3, b3 = choice.autocast(x, w1, b1, w2, b2, w3, b3)
     check_linear(x, w1, b1, "w1")
     check_linear(x[..., :1].expand(*x.shape[:-1], w1.shape[0]), w2, b2, "w2")
     if w3 is not None:
@@ -77,20 +79,25 @@ def mlp(
     elif b3 is not None:
         raise ValueError("gate: expected a weight with its bias, got None")
     shape = (*x.shape[:-1], w2.shape[0])
-    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
-        expected, got = f"{x.dtype} {list(shape)}", f"{residual.dtype} {list(residual.shape)}"
-        raise ValueError(f"residual: expected {expected}, got {got}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if residual is not None and (residual.shape != shape or residual.dtype not in (x.dtype, wide)):
+        kinds = " or ".join(str(dtype) for dtype in dict.fromkeys((x.dtype, wide)))
+        got = f"{residual.dtype} {list(residual.shape)}"
+        raise ValueError(f"residual: expected {kinds} {list(shape)}, got {got}")
     activation_id(activation)
     choice.check_dropout(dropout)
     chosen = choice.choose(x, backend)
     seed = choice.as_seed(seed, dropout, x.device)
-    rows = x.reshape(-1, x.shape[-1])
-    added = None if residual is None else residual.reshape(-1, w2.shape[0])
-    options = (float(dropout), activation, recompute)
-    layers = (w1, b1, w2, b2, w3, b3)
+    rows, layers = as_rows(x), (w1, b1, w2, b2, w3, b3)
+    # A residual of more digits is added behind, in its own.
+    alike = residual is not None and residual.dtype == x.dtype
+    added = as_rows(residual) if residual is not None and alike else None
+    needed = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, *layers))
+    options = (float(dropout), activation, recompute or not needed)
     if chosen == "reference":
         with choice.no_autocast(x.device):
             out = reference.mlp(rows, *layers, added, seed, *options)
     else:
         out, _, _ = library.MLP.apply(rows, *layers, added, seed, *options, chosen)
-    return out.reshape(shape)
+    out = out.reshape(shape)
+    return out if residual is None or alike else residual + out

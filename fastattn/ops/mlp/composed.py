@@ -80,8 +80,7 @@ def backward(
         wanted >> i & 1 for i in range(len(LAYERS))
     )
     kind, shape = activation_id(activation), (x.shape[0], w1.shape[0])
-    none = x.new_empty((0,))
-    dx = dw1 = db1 = dw2 = db2 = dgate = dgate_bias = none
+    dx, dw1, db1, dw2, db2, dgate, dgate_bias = (x.new_empty((0,)) for _ in LAYERS)
     dout = dout.contiguous()
     if seed is not None:
         dout = by.dropout_add(dout, None, seed, dropout, torch.empty_like(dout))
@@ -98,7 +97,7 @@ def backward(
     du, h = x.new_empty(shape), x.new_empty(shape) if want_w2 else None
     if gate is None:
         by.gemm(dout, w2, du, epilogue=SLOPE, activation=kind, u=u, h=h)
-        dg = none
+        dg = x.new_empty((0,))
     else:
         dg = x.new_empty(shape)
         by.gemm(dout, w2, du, epilogue=GATE_SLOPE, activation=kind, u=u, gate=g, h=h, d=dg)

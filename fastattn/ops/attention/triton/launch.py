@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.ops.attention.triton import tuning
 from fastattn.ops.attention.triton.arguments import Problem, Rows, Shape, rows
-from fastattn.ops.gpu import power_of_two
+from fastattn.ops.gpu import power_of_two, precision
 
 # Of an L2 cache whose size is not known: an H100's.
 _CACHE: Final = 50 << 20
@@ -92,7 +92,7 @@ def shape(q: Tensor, v: Tensor, config: tuning.Config, problem: Problem, scale: 
     plain = plain and float8(q) == "no"  # whose scale has factors that are not known here
     exact = q.dtype == torch.float32
     dims = (q.shape[3], v.shape[3], config.block_q, config.block_k)
-    return _shape(*dims, tma, plain, exact, precision(q), float8(q))
+    return _shape(*dims, tma, plain, exact, precision(q.dtype), float8(q))
 
 
 @cache
@@ -124,13 +124,6 @@ def multiplies_float8(device: torch.device, dim: int) -> bool:
     if dim <= 16:  # they are of 32
         return False
     return arch == "gfx950" or (arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 89)
-
-
-def precision(q: Tensor) -> str:
-    """How float32 products are taken: in tensor float 32 only where torch's own are."""
-    if q.dtype != torch.float32 or torch.version.hip is not None:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def parts(device: torch.device, programs: int, most: int) -> int:

@@ -144,8 +144,7 @@ def gemm(
     (m, k), n = a.shape, b.shape[1]
     if m == 0 or n == 0:
         return out
-    blocks = _blocks(a.dtype, m)
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 and a.dtype == torch.float32 else "ieee"
+    blocks = _blocks(a.dtype, m, epilogue)
     with gpu.on(a.device):
         _gemm[(gpu.cdiv(m, blocks["BLOCK_M"]) * gpu.cdiv(n, blocks["BLOCK_N"]),)](
             a,
@@ -164,14 +163,17 @@ def gemm(
             out.stride(0),
             EPILOGUE=epilogue,
             KIND=activation,
-            PRECISION=precision,
+            PRECISION=gpu.precision(a.dtype),
             **blocks,
         )
     return out
 
 
-def _blocks(dtype: torch.dtype, rows: int) -> dict[str, Any]:
+def _blocks(dtype: torch.dtype, rows: int, epilogue: int) -> dict[str, Any]:
     """Tiles that leave the tensor cores of sm_80 to sm_100 busy and spill nothing there."""
+    if epilogue in (epilogues.SLOPE, epilogues.GATE_SLOPE) and dtype != torch.float32:
+        # Several matrices are read and written beside the sums.
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 4, "num_stages": 3}
     if rows <= 64:
