@@ -344,9 +344,9 @@ def thread_writes(graph: fx.Graph) -> None:
     place = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         call = call_of(node)
-        if call is None or not call.in_place or not isinstance(node.args[0], fx.Node):
+        if call is None or not call.in_place or not call.args or not isinstance(call.args[0], fx.Node):
             continue
-        written = node.args[0]
+        written = call.args[0]
         if not _is_same_tensor(value_of(written), value_of(node)):
             continue
         for user in list(written.users):

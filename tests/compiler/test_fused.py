@@ -114,12 +114,19 @@ NOT_MLPS: dict[str, Callable[..., Any]] = {
     "input of the activation returned": lambda m, x: (m.out(F.gelu(u := m.a(x))), u),
     "of different tensors": lambda m, x: m.out(F.silu(m.a(x)) * m.b(x * 2)),
     "three factors": lambda m, x: m.out(F.silu(m.a(x)) * m.b(x) * m.b(x + 1)),
+    "the other clamped": lambda m, x: m.out(F.silu(m.a(x)) * m.b(x).clamp(-7, 7)),
+    "relu of what is clamped": lambda m, x: m.out(F.relu(m.a(x).clamp(max=20))),
+    "clamped far away": lambda m, x: m.out((F.relu(u := m.a(x)) - F.relu(u - 2e4)) * 1.0),
+    "another gradient at 0": lambda m, x: m.out(0.5 * ((u := m.a(x * 0) * 0) + u.abs())),
+    "no gradient at 0": lambda m, x: m.out(0.5 * ((u := m.a(x)) + (u * u).sqrt())),
+    "a gate for all": lambda m, x: m.out(F.silu(m.a(x)) * F.linear(x, m.b.weight[:1])),
+    "a gate from one": lambda m, x: m.out(m.a(x) * F.silu(F.linear(x, m.b.weight[:1]))),
 }
 
 
 @pytest.mark.parametrize("name", NOT_MLPS)
 def test_look_alikes_of_an_mlp(name: str) -> None:
-    same_results(Layers(NOT_MLPS[name]), torch.randn(2, 5, WIDTH))
+    same_results(Layers(NOT_MLPS[name]), 40 * torch.randn(2, 5, WIDTH))
     assert "MLP" not in done()
     assert reasons()
 
@@ -180,6 +187,8 @@ def test_dropout_before_a_norm_drops_its_share() -> None:
 def test_dropout_that_others_see_is_kept() -> None:
     module = Layers(lambda m, x, r: (m.norm(r + (d := F.dropout(x, 0.5))), d))
     out, dropped = compiled(module)(torch.randn(8, WIDTH), torch.randn(8, WIDTH) * 0)
+    assert done() == {"dropout + add + layer norm": 1}
+    assert torch.any(dropped == 0)
     torch.testing.assert_close(out, module.norm(dropped))
 
 
@@ -227,6 +236,113 @@ def test_other_losses(name: str) -> None:
     assert reasons()
 
 
+def test_a_loss_of_half_precision_keeps_its_dtype() -> None:
+    module = Layers(lambda m, x, y: F.cross_entropy(m.head(x), y)).bfloat16()
+    x, y = torch.randn(7, WIDTH).bfloat16(), torch.randint(VOCABULARY, (7,))
+    found = compiled(module)(x, y)
+    assert done() == {"linear + cross entropy": 1}
+    torch.testing.assert_close(found, module(x, y))
+
+
+def test_an_mlp_before_a_loss_leaves_it_its_layer() -> None:
+    module = Layers(lambda m, x, y: F.cross_entropy(m.out(F.gelu(m.a(x))), y))
+    same_results(module, torch.randn(7, WIDTH), torch.randint(WIDTH, (7,)))
+    assert done() == {"linear + cross entropy": 1, "linear": 1}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: F.linear(x, torch.ones(5, WIDTH), torch.ones(1)),
+        lambda x: torch.addmm(torch.ones(1), x, torch.ones(WIDTH, 5)),
+    ],
+)
+def test_a_bias_that_is_broadcast_is_left(call: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, WIDTH)
+    torch.testing.assert_close(compiled(call)(x), call(x))
+    assert not done()
+    assert "broadcast" in reasons()
+
+
+def test_what_failed_leaves_nothing_in_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no layout")
+
+    monkeypatch.setattr(matches, "as_it_lay", fails)
+    graphs = []
+
+    def look(graph: Any, given: Any) -> Any:
+        backend(graph, given, then="eager")
+        graphs.append(str(graph.graph))
+        return graph
+
+    torch.compile(Layers(lambda m, x: m.out(F.gelu(m.a(x)))), backend=look)(torch.randn(3, WIDTH))
+    assert "unexpected RuntimeError: no layout" in reasons()
+    assert "rewritten" not in graphs[0]
+
+
+TRANSFORMED: dict[str, Callable[..., Any]] = {
+    "linear": torch.func.vmap(lambda t: F.linear(t, torch.ones(8, WIDTH))),
+    "gradient": torch.func.grad(lambda t: F.linear(t, torch.ones(8, WIDTH)).pow(3).sum()),
+    "loss": torch.func.vmap(lambda t: F.cross_entropy(t, torch.arange(3))),
+    "norm": torch.func.vmap(lambda t: F.layer_norm(t + 1 + t, (WIDTH,))),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_what_is_inside_a_transform_is_left(name: str) -> None:
+    def f(x: Tensor) -> Tensor:
+        return TRANSFORMED[name](x * 1)
+
+    x = torch.randn(4, 3, WIDTH)
+    torch.testing.assert_close(compiled(f)(x), f(x))
+    assert not done()
+    assert "functorch" in reasons()
+
+
+def test_sums_and_norms_lie_as_they_did() -> None:
+    def f(x: Tensor, r: Tensor) -> Any:
+        z = x.transpose(1, 2) + r.transpose(1, 2)
+        return F.layer_norm(z, (WIDTH,)), z, z.transpose(1, 2).view(2, -1)
+
+    given = torch.randn(2, WIDTH, 5), torch.randn(2, WIDTH, 5)
+    for a, b in zip(compiled(f)(*given), f(*given), strict=True):
+        torch.testing.assert_close(a, b, check_stride=True)
+    assert done() == {"dropout + add + layer norm": 1}
+
+
+def test_tensors_of_subclasses_are_left() -> None:
+    module = Layers(lambda m, x: m.out(F.gelu(m.a(x))))
+    given = [torch.randn(3, WIDTH), torch.randn(5, WIDTH)]
+    nested = torch.nested.nested_tensor(given, layout=torch.jagged)
+    found = compiled(module)(nested)
+    torch.testing.assert_close(found.values(), module(nested).values())
+    assert not done()
+    assert "subclass" in reasons()
+
+
+def test_writes_to_what_is_given_by_name() -> None:
+    def f(x: Tensor) -> Tensor:
+        return F.relu(input=x * 1, inplace=True)
+
+    x = torch.randn(3, WIDTH)
+    torch.testing.assert_close(compiled(f)(x), f(x))
+
+
+def test_linear_layers_of_float32_under_autocast_say_why_they_are_left() -> None:
+    module = Layers(lambda m, x: m.a(x) + 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(module)(torch.randn(3, WIDTH))
+    assert not done()
+    assert "autocast" in reasons()
+
+
+def test_what_is_no_mlp_is_not_reported() -> None:
+    same_results(Layers(lambda m, x: m.a(x * m.norm.weight)), torch.randn(3, WIDTH))
+    assert done() == {"linear": 1}
+    assert not reasons()
+
+
 def test_linear_layers_and_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Layers(lambda m, x: m.a(x) + 1)
     same_results(module, torch.randn(3, WIDTH))
@@ -234,8 +350,10 @@ def test_linear_layers_and_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matches, "_FEW", 1 << 22)
     torch._dynamo.reset()
     fastattn.compiler.reset_report()
-    compiled(module)(torch.randn(3, WIDTH))
+    module = Layers(lambda m, x, y: F.cross_entropy(m.out(F.gelu(m.a(x))) + 1, y))
+    compiled(module)(torch.randn(3, WIDTH), torch.randint(WIDTH, (3,)))
     assert done() == {}
+    assert not reasons()
 
 
 def test_what_is_written_into_is_left() -> None:

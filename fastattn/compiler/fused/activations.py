@@ -9,20 +9,25 @@ import torch
 from torch import Tensor, fx
 
 from fastattn.compiler.axes import NoMatch
-from fastattn.compiler.graph import call_of, fixed_number, is_written, same, shape_of, value_of
+from fastattn.compiler.graph import call_of, fixed_number, is_written, same, same_shape, shape_of, value_of
 from fastattn.compiler.masks import plain_mode
 from fastattn.ops.activations import FUNCTIONS
 
 _ELEMENTWISE: Final = frozenset(
     (
-        *("add", "sub", "mul", "div", "pow", "square", "neg", "reciprocal", "sqrt", "rsqrt", "exp", "clamp"),
-        *("tanh", "sigmoid", "erf", "gelu", "silu", "relu", "maximum", "rsub", "abs", "softplus"),
+        *("add", "sub", "mul", "div", "pow", "square", "neg", "reciprocal", "sqrt", "rsqrt", "exp"),
+        *("tanh", "sigmoid", "erf", "gelu", "silu", "relu", "rsub"),
     )
 )
+# What else makes a place between linear layers worth a word on why it is left; where such a step changes what
+# it is given, if anywhere, no sample of its values tells.
+_ALIKE: Final = _ELEMENTWISE | {
+    *("dropout", "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "where", "abs", "softplus"),
+    *("elu", "celu", "selu", "leaky_relu", "relu6", "hardswish", "hardtanh", "mish", "logsigmoid"),
+}
 _MOST: Final = 24
-# Two of these functions that agree at all of these places in float64 are one.
-_PLACES: Final = 257
-_TOLERANCE: Final = 1e-7
+# Two of these functions that agree at all places in float64, with their derivatives, are one.
+_RELATIVE, _ABSOLUTE = 1e-7, 1e-10
 
 
 class Expression:
@@ -63,20 +68,36 @@ class Expression:
 
     def activation(self) -> tuple[str, fx.Node, fx.Node | None]:
         """Its name, the linear layer it is not of where there are two, else the only one, and the gate."""
-        axis = torch.linspace(-9.0, 9.0, _PLACES, dtype=torch.float64)
         if len(self.leaves) == 1:
-            found = self._values({self.leaves[0]: axis})
-            for name, f in FUNCTIONS.items():
-                if _equal(found, f(axis)):
-                    return name, self.leaves[0], None
+            name = _named(lambda x: self._values({self.leaves[0]: x}))
+            if name is not None:
+                return name, self.leaves[0], None
         elif len(self.leaves) == 2:
-            other = torch.linspace(-3.0, 3.0, 7, dtype=torch.float64)[:, None]
             for gate, linear in (self.leaves, self.leaves[::-1]):
-                found = self._values({gate: axis.expand(7, -1), linear: other.expand(-1, _PLACES)})
-                for name, f in FUNCTIONS.items():
-                    if _equal(found, f(axis) * other):
-                        return name, linear, gate
+                if not self._multiplies(linear):
+                    continue
+                name = _named(lambda x, g=gate, y=linear: self._values({g: x, y: torch.ones_like(x)}))  # type: ignore[misc]
+                if name is not None:
+                    return name, linear, gate
         raise NoMatch("no activation that is known is between its linear layers")
+
+    def _multiplies(self, leaf: fx.Node) -> bool:
+        """Whether a leaf comes to the end through views and one product, with something of its shape."""
+        node, products = leaf, 0
+        while node is not self.end:
+            users = list(node.users)
+            if len(users) != 1:
+                return False
+            before, node = node, users[0]
+            if passes(node):
+                continue
+            call = call_of(node)
+            if call is None or call.name != "mul" or len(node.all_input_nodes) != 2:
+                return False
+            if not all(same_shape(shape_of(x), shape_of(before)) for x in node.all_input_nodes):
+                return False
+            products += 1
+        return products == 1
 
     def _values(self, given: dict[fx.Node, Tensor]) -> Tensor:
         env: dict[fx.Node, Any] = dict(given)
@@ -98,8 +119,40 @@ class Expression:
         return found
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE))
+def _named(f: Callable[[Tensor], Tensor]) -> str | None:
+    """Which of the known activations a function is, by its values and derivatives."""
+    found = _with_derivative(f)
+    for name, known in FUNCTIONS.items():
+        wanted = _with_derivative(known)
+        if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=_RELATIVE, atol=_ABSOLUTE):
+            return name
+    return None
+
+
+def _with_derivative(f: Callable[[Tensor], Tensor]) -> Tensor:
+    with plain_mode(), torch.inference_mode(False), torch.enable_grad():
+        far = torch.logspace(-6, 30, 361, dtype=torch.float64)
+        near = torch.linspace(-9, 9, 257, dtype=torch.float64)
+        x = torch.cat((near, far, -far, torch.zeros_like(far[:1]))).requires_grad_()
+        y = f(x)
+        return torch.stack((y, *torch.autograd.grad(y.sum(), x))).detach()
+
+
+def starts_at(end: fx.Node, is_leaf: Callable[[fx.Node], bool]) -> bool:
+    """Whether nothing but elementwise steps lies between a node and leaves, of which there are some."""
+    waiting, seen, found = [end], {end}, False
+    while waiting:
+        node = waiting.pop()
+        if is_leaf(node):
+            found = True
+            continue
+        call = call_of(node)
+        if call is None or len(seen) > 4 * _MOST or not (call.name in _ALIKE or passes(node)):
+            return False
+        inputs = {x for x in node.all_input_nodes if isinstance(value_of(x), Tensor)} - seen
+        seen |= inputs
+        waiting += inputs
+    return found
 
 
 def passes(node: fx.Node) -> bool:

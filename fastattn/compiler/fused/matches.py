@@ -13,8 +13,16 @@ from torch import Tensor, fx
 
 from fastattn.compiler.axes import NoMatch
 from fastattn.compiler.fused import ops  # noqa: F401 - defines them
-from fastattn.compiler.fused.activations import Expression, passes
-from fastattn.compiler.fused.linears import DTYPES, Layer, layer_of
+from fastattn.compiler.fused.activations import Expression, passes, starts_at
+from fastattn.compiler.fused.linears import (
+    DTYPES,
+    NOT_PLAIN,
+    Layer,
+    call_of_layer,
+    is_plain,
+    layer_of,
+    why_not,
+)
 from fastattn.compiler.graph import (
     Writer,
     call_of,
@@ -22,16 +30,20 @@ from fastattn.compiler.graph import (
     fixed_number,
     is_tensor,
     is_written,
+    same,
     same_shape,
     shape_of,
     value_of,
 )
 from fastattn.compiler.masks import plain_mode
 from fastattn.compiler.op import version
+from fastattn.compiler.strides import as_it_lay
 from fastattn.ops.attention import explain
 
 # Floating-point operations: below, calling an operation that is written in Python outweighs its speed.
 _FEW: Final = 1 << 22
+# As many, a logit of a cross entropy is counted as: an exponential forward, and one backward.
+_EACH: Final = 16
 _MODES: Final = (
     *("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"),
     *("_enter_autocast", "_exit_autocast"),
@@ -55,6 +67,8 @@ def mlp(node: fx.Node) -> bool:
         call = call_of(call.args[0])
     if call is None or call.name not in _ACTIVATIONS:
         return False
+    if not starts_at(second.x, lambda x: layer_of(x) is not None):
+        return False
     between = Expression(second.x, lambda x: layer_of(x) is not None)
     if set(second.x.users) != {node}:
         raise NoMatch("its hidden layer is used elsewhere")
@@ -66,6 +80,10 @@ def mlp(node: fx.Node) -> bool:
     assert first is not None
     if third is not None and third.x is not first.x:
         raise NoMatch("its two first layers are of different tensors")
+    if third is not None and not same(third.out_features, first.out_features):
+        raise NoMatch("its gate is broadcast")
+    if _products(first) + (0 if third is None else _products(third)) + _products(second) < _FEW:
+        return False
     _check_modes([*between.leaves, node])
     write = Writer(node)
     new = write.call(
@@ -95,7 +113,7 @@ def linear_cross_entropy(node: fx.Node) -> bool:
         logits = logits.all_input_nodes[0]
     layer = layer_of(logits)
     assert layer is not None
-    if not _has_kernels(layer.x):
+    if not _has_kernels(layer.x) or _products(layer) < _FEW:
         return False
     users = [*reversed(steps), node]
     for x, user in zip([logits, *reversed(steps)], users, strict=True):
@@ -116,7 +134,7 @@ def linear_cross_entropy(node: fx.Node) -> bool:
         *(given[name] for name in ("ignore_index", "reduction", "label_smoothing")),
         version(),
     )
-    _put(write, new, node)
+    _put(write, _in_its_dtype(write, new, node), node)
     return True
 
 
@@ -125,6 +143,9 @@ def cross_entropy(node: fx.Node) -> bool:
     given = _cross_entropy(node)
     if given is None or not _has_kernels(given["input"]):
         return False
+    if _hint(value_of(given["input"]).numel()) * _EACH < _FEW:
+        return False
+    _check_modes([node])
     write = Writer(node)
     new = write.call(
         torch.ops.fastattn.rewritten_cross_entropy.default,
@@ -133,7 +154,7 @@ def cross_entropy(node: fx.Node) -> bool:
         *(given[name] for name in ("ignore_index", "reduction", "label_smoothing")),
         version(),
     )
-    _put(write, new, node)
+    _put(write, _in_its_dtype(write, new, node), node)
     return True
 
 
@@ -164,6 +185,8 @@ def dropout_add_layer_norm(node: fx.Node) -> bool:
         break
     if is_written(x) or is_written(residual):
         return False
+    if not is_plain(z, x, residual):
+        raise NoMatch(NOT_PLAIN)
     place = {x: i for i, x in enumerate(z.graph.nodes)}
     if any(y is not None and place[y] > place[z] for y in (weight, bias)):
         return False
@@ -180,8 +203,7 @@ def dropout_add_layer_norm(node: fx.Node) -> bool:
         version(),
     )
     out, total_of = (write.call(operator.getitem, both, i) for i in range(2))
-    _check_same(write, out, node)
-    _check_same(write, total_of, z)
+    out, total_of = _alike(write, out, node), _alike(write, total_of, z)
     node.replace_all_uses_with(out)
     z.replace_all_uses_with(total_of)
     erase_unused([node, z])
@@ -190,12 +212,15 @@ def dropout_add_layer_norm(node: fx.Node) -> bool:
 
 def linear(node: fx.Node) -> bool:
     """A linear layer on a CPU, where the product is measured; a GPU's own library keeps its own."""
-    layer = layer_of(node)
+    layer = call_of_layer(node)
     if layer is None or value_of(node).device.type != "cpu" or not _has_kernels(layer.x):
         return False
-    rows, width = value_of(layer.x).numel(), layer.out_features
-    if _hint(rows) * _hint(width) * 2 < _FEW:
+    reason = why_not(layer)
+    if reason is not None:
+        raise NoMatch(reason)
+    if _products(layer) < _FEW:
         return False
+    _check_modes([node])
     write = Writer(node)
     _put(
         write,
@@ -207,8 +232,8 @@ def linear(node: fx.Node) -> bool:
 
 # In this order: what an earlier one takes in is no longer there for a later one.
 MATCHES: Final[dict[str, Callable[[fx.Node], bool]]] = {
-    "MLP": mlp,
     "linear + cross entropy": linear_cross_entropy,
+    "MLP": mlp,
     "cross entropy": cross_entropy,
     "dropout + add + layer norm": dropout_add_layer_norm,
     "linear": linear,
@@ -231,7 +256,9 @@ def _cross_entropy(node: fx.Node) -> dict[str, Any] | None:
         return None
     if given["weight"] is not None or given["size_average"] is not None or given["reduce"] is not None:
         raise NoMatch("it has class weights, or torch's old names of reductions")
-    if value_of(logits).dtype not in DTYPES or value_of(target).is_floating_point():
+    if not is_plain(node, logits, target):
+        raise NoMatch(NOT_PLAIN)
+    if value_of(logits).dtype not in DTYPES or value_of(target).dtype != torch.int64:
         raise NoMatch("expected logits of float32, bfloat16 or float16, and class indices")
     if value_of(logits).dim() != 2:
         raise NoMatch("expected logits of two dimensions")
@@ -249,6 +276,8 @@ def _layer_norm(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...], Any, Any, floa
         return None
     if any(is_written(y) for y in tensors):
         raise NoMatch("what it normalises is written into")
+    if not is_plain(node, *tensors):
+        raise NoMatch(NOT_PLAIN)
     if value_of(x).dtype not in DTYPES or fixed_number(eps) is None or not _has_kernels(x):
         return None
     return x, tuple(shape), weight, bias, float(fixed_number(eps) or 0.0)
@@ -287,17 +316,27 @@ def _check_modes(nodes: list[fx.Node]) -> None:
 
 def _put(write: Writer, new: fx.Node, old: fx.Node) -> None:
     """`new` in the place of `old`, where it gives the same kind of tensor."""
-    _check_same(write, new, old)
-    old.replace_all_uses_with(new)
+    old.replace_all_uses_with(_alike(write, new, old))
     erase_unused([old])
 
 
-def _check_same(write: Writer, new: fx.Node, old: fx.Node) -> None:
+def _alike(write: Writer, new: fx.Node, old: fx.Node) -> fx.Node:
+    """`new`, laid out as `old` where that is seen; raises where it is of another dtype or shape."""
     found, wanted = value_of(new), value_of(old)
     if found.dtype == wanted.dtype and same_shape(found.shape, wanted.shape):
-        return
-    erase_unused(write.nodes[::-1])
+        return as_it_lay(write, new, old)
     raise NoMatch(f"it would give {found.dtype} {list(found.shape)}, not {wanted.dtype} {list(wanted.shape)}")
+
+
+def _in_its_dtype(write: Writer, loss: fx.Node, old: fx.Node) -> fx.Node:
+    """A loss, which is of float32, as torch gives it for logits of half precision."""
+    dtype = value_of(old).dtype
+    return loss if value_of(loss).dtype == dtype else write.call(Tensor.to, loss, dtype)
+
+
+def _products(layer: Layer) -> int:
+    """How many floating-point operations a linear layer takes."""
+    return 2 * _hint(value_of(layer.x).numel()) * _hint(layer.out_features)
 
 
 def _hint(size: Any) -> int:
