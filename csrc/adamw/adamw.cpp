@@ -69,8 +69,12 @@ void adamw_step(const std::vector<Tensor>& params, const std::vector<Tensor>& gr
   STD_TORCH_CHECK(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count &&
                       steps.size() == count,
                   "expected lists of one length");
-  const AdamWOptions options{static_cast<float>(beta1), static_cast<float>(beta2), static_cast<float>(eps),
-                             static_cast<float>(1.0 - lr * weight_decay), static_cast<float>(factor)};
+  const AdamWOptions options{static_cast<float>(beta2),
+                             static_cast<float>(eps),
+                             static_cast<float>(1.0 - beta1),
+                             static_cast<float>(1.0 - beta2),
+                             static_cast<float>(1.0 - lr * weight_decay),
+                             static_cast<float>(factor)};
   std::vector<AdamWTensor> tensors;
   for (size_t i = 0; i < count; ++i) {
     const Tensor &p = params[i], &step = steps[i];

@@ -52,7 +52,6 @@ void step(const AdamWTensor& t, const AdamWOptions& o, int64_t first, int64_t en
     const T* grad = static_cast<const T*>(t.grad);
     T *param = static_cast<T*>(t.param), *exp_avg = static_cast<T*>(t.exp_avg);
     T* exp_avg_sq = static_cast<T*>(t.exp_avg_sq);
-    const float new1 = 1.0f - o.beta1, new2 = 1.0f - o.beta2;
     // Seven streams at once are more than some prefetchers follow, and what is read is written next.
     constexpr int64_t kAhead = 1024 / sizeof(T);
     const auto update = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
@@ -62,8 +61,8 @@ void step(const AdamWTensor& t, const AdamWOptions& o, int64_t first, int64_t en
       __builtin_prefetch(exp_avg_sq + i + kAhead, 1);
       const vf g = load_as_float(grad + i, n) * o.factor;
       vf m = load_as_float(exp_avg + i, n), v = load_as_float(exp_avg_sq + i, n);
-      m = m + (g - m) * new1;
-      v = v * o.beta2 + g * g * new2;
+      m = m + (g - m) * o.new1;
+      v = v * o.beta2 + g * g * o.new2;
       const vf p = load_as_float(param + i, n) * o.decay;
       store_from_float(param + i, p - m * t.step_size / (square_root(v) * t.root + o.eps), n);
       store_from_float(exp_avg + i, m, n);

@@ -18,9 +18,10 @@ struct AdamWTensor {
 };
 
 struct AdamWOptions {
-  float beta1, beta2, eps;
-  float decay;   // 1 - lr · weight_decay
-  float factor;  // of every gradient: clipping's, negative to maximize
+  float beta2, eps;
+  float new1, new2;  // 1 - beta1, 1 - beta2: rounded once, for a float beta near 1 has lost them
+  float decay;       // 1 - lr · weight_decay
+  float factor;      // of every gradient: clipping's, negative to maximize
 };
 
 struct AdamWKernels {

@@ -63,8 +63,8 @@ def clip_and_step(model: nn.Module, optimizer: torch.optim.AdamW, max_norm: floa
         max_norm: the largest norm; `math.inf` for any.
 
     Raises:
-        FloatingPointError: the norm is not finite. The parameters are then as before, but where the optimizer
-            clips in its own pass, which has made them NaN.
+        FloatingPointError: the norm is not finite. The parameters are then as before, but on a GPU where the
+            optimizer clips in its own pass, which has made them NaN.
     """
     if isinstance(optimizer, AdamW):
         optimizer.max_norm = max_norm

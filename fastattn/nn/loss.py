@@ -10,6 +10,8 @@ from fastattn.ops.cross_entropy import cross_entropy, linear_cross_entropy
 class CrossEntropyLoss(nn.Module):
     """`fastattn.cross_entropy` as a module, in the place of `torch.nn.CrossEntropyLoss`.
 
+    Its classes are the last dimension; torch's are the second. Up to two dimensions these are one.
+
     Args:
         weight: of the classes, ``[V]``; kept as a buffer.
         ignore_index, reduction, label_smoothing, softcap, z_loss: as those of `fastattn.cross_entropy`.
@@ -51,7 +53,16 @@ class CrossEntropyLoss(nn.Module):
 
         Returns:
             A scalar, or ``[...]`` with reduction ``"none"``.
+
+        Raises:
+            ValueError: what `fastattn.cross_entropy` refuses, and logits above two dimensions whose shape
+                does not tell whether they are ``[..., V]`` or torch's ``[N, V, ...]``.
         """
+        if logits.dim() > 2 and logits.shape[1:-1] == logits.shape[2:]:
+            raise ValueError(
+                "logits: expected a shape that tells [..., V] from torch's [N, V, ...], "
+                f"got {list(logits.shape)}: flatten logits to [N, V] and target to [N]"
+            )
         return cross_entropy(
             logits,
             target,

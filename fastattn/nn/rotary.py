@@ -106,6 +106,7 @@ class RotaryEmbedding(nn.Module):
         scaled = "" if self.scale_base is None else f", scale_base={self.scale_base}"
         return f"{self.dim}, base={self.base}, interleaved={self.interleaved}{scaled}"
 
+    @torch.inference_mode(False)  # tables that grow in inference are of use in training afterwards
     def _make_tables(self, length: int, device: torch.device) -> None:
         # In float64: a large position times a frequency keeps its digits.
         pair = torch.arange(0, self.dim, 2, dtype=torch.float64, device=device)

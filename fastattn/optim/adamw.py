@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn.ops import choice
 from fastattn.ops.adamw import adamw_step, total_norm
-from fastattn.ops.adamw.api import is_dense
+from fastattn.ops.adamw.api import alike, is_dense
 
+# What copies and pickles keep beside what torch's keep, and what they have where it is not there.
+_OWN: Final = {"max_norm": None, "grad_norm": None, "path": "", "_step_supports_amp_scaling": False}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,8 +42,9 @@ class AdamW(torch.optim.AdamW):
     kernels do not do (amsgrad, complex or float64 parameters, several devices, differentiable or capturable
     steps, a learning rate on a GPU) torch's own optimizer does behind `clip_grad_norm_`, and `path` says so.
 
-    A norm that is infinite or NaN is not an error: as with ``error_if_nonfinite=False`` parameters become
-    NaN. Look at `grad_norm`, or leave the step to a `torch.amp.GradScaler`, which skips it.
+    A norm that is infinite or NaN is not an error, and `grad_norm` tells of it. On CPU with `max_norm` such a
+    step is skipped: parameters and state stay. On a GPU, where skipping would have to wait for the norm,
+    parameters become NaN, as behind `clip_grad_norm_`; a `torch.amp.GradScaler` skips the step there too.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused:
@@ -101,6 +105,14 @@ class AdamW(torch.optim.AdamW):
         self.grad_norm: Tensor | None = None
         self.path = ""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, default in _OWN.items():
+            self.__dict__.setdefault(name, default)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; the loss that `closure` returns, if it is given."""
@@ -138,12 +150,23 @@ class AdamW(torch.optim.AdamW):
                 return f"a parameter of {p.dtype}"
             if type(p.data) is not Tensor or p.grad.layout != torch.strided or not is_dense(p):
                 return "a parameter or gradient that is not one dense tensor"
+            for name in ("exp_avg", "exp_avg_sq"):
+                x = self.state.get(p, {}).get(name)
+                if x is not None and (x.dtype != p.dtype or x.device != p.device or not alike(x, p)):
+                    return f"{name} of another dtype, device or strides than its parameter"
         found = choice.explanation(params[0], None)
         return "" if found.backend in ("cpu", "triton") else f"no kernels here ({found.reasons['cpu'][0]})"
+
+    def _is_skipped(self) -> bool:
+        """Whether the norm is known to be none that a step may be made with."""
+        norm = self.grad_norm
+        return norm is not None and norm.device.type == "cpu" and not math.isfinite(norm)
 
     def _step_by_torch(self, params: list[Tensor]) -> None:
         if self.max_norm is not None:
             self.grad_norm = torch.nn.utils.clip_grad_norm_(params, self.max_norm)
+            if self._is_skipped():
+                return
         step: Any = torch.optim.AdamW.step
         # With the wrapper of an optimizer of torch's own class, hooks would run twice.
         getattr(step, "__wrapped__", step)(self) if getattr(step, "hooked", False) else step(self)
@@ -153,6 +176,8 @@ class AdamW(torch.optim.AdamW):
         if self.max_norm is not None:
             dense = [g if is_dense(g) else g.contiguous() for g in grads]
             self.grad_norm = total_norm(dense)
+            if self._is_skipped():
+                return
             clipped = (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
             factor = float(clipped) if clipped.device.type == "cpu" else clipped
         for group in self.param_groups:
@@ -161,6 +186,8 @@ class AdamW(torch.optim.AdamW):
             if not tensors.params:
                 continue
             torch._foreach_add_(tensors.steps, 1)
+            # float64 where that is the default dtype; it counts to 2^24 in either.
+            tensors = tensors._replace(steps=[t.float() for t in tensors.steps])
             for own in tensors.by_dtype():
                 adamw_step(
                     *own,

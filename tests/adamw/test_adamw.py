@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -135,14 +137,73 @@ def test_what_torch_does(options: dict[str, Any], dtype: torch.dtype, why: str) 
     torch.testing.assert_close(found[0], found[1])
 
 
-def test_a_norm_that_is_not_finite_is_kept_and_seen() -> None:
-    p = torch.ones(3, requires_grad=True)
-    p.grad = torch.tensor([1.0, float("inf"), 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_norm_that_is_not_finite_is_seen_and_skips_the_step(dtype: torch.dtype) -> None:
+    p = torch.ones(3, dtype=dtype, requires_grad=True)
+    p.grad = torch.tensor([1.0, float("inf"), 0.0], dtype=dtype)
     optimizer = fastattn.optim.AdamW([p], max_norm=1.0)
     optimizer.step()
     assert optimizer.grad_norm is not None
     assert optimizer.grad_norm.isinf()
-    assert p[1].isnan()
+    assert torch.equal(p.detach(), torch.ones(3, dtype=dtype))
+    assert not optimizer.state
+
+
+def test_betas_near_1() -> None:
+    found = {}
+    for make, dtype in ((fastattn.optim.AdamW, torch.float32), (torch.optim.AdamW, torch.float64)):
+        torch.manual_seed(0)
+        p = torch.zeros(100, dtype=dtype, requires_grad=True)
+        optimizer = make([p], lr=1.0, betas=(0.9, 0.99999), weight_decay=0.0)
+        g = torch.randn(100, dtype=torch.float32).to(dtype)
+        for _ in range(3):
+            p.grad = g.clone()
+            optimizer.step()
+        found[dtype] = p.detach().double()
+    torch.testing.assert_close(found[torch.float32], found[torch.float64], rtol=0, atol=1e-5)
+
+
+def test_a_step_counts_as_a_change() -> None:
+    p = torch.ones(3, requires_grad=True)
+    loss = (p * p).sum()
+    loss.backward(retain_graph=True)
+    fastattn.optim.AdamW([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies(how: Callable[[Any], Any]) -> None:
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    copied = how(fastattn.optim.AdamW([p], max_norm=0.5))
+    for q in copied.param_groups[0]["params"]:
+        q.grad = torch.ones(3)
+    copied.step()
+    assert copied.max_norm == 0.5
+    torch.testing.assert_close(copied.grad_norm, torch.tensor(3.0).sqrt())
+
+
+def test_state_of_other_strides_or_steps_is_torchs() -> None:
+    found = []
+    for make in (fastattn.optim.AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        p = torch.randn(4, 3, 2, 2, requires_grad=True)
+        optimizer = make([p])
+        p.grad = torch.randn(4, 3, 2, 2)
+        optimizer.step()
+        p.data = p.data.to(memory_format=torch.channels_last)
+        p.grad = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+        optimizer.step()
+        found.append(p.detach())
+    torch.testing.assert_close(*found)
+    try:
+        torch.set_default_dtype(torch.float64)
+        p = torch.ones(3, dtype=torch.float32, requires_grad=True)
+        p.grad = torch.ones(3, dtype=torch.float32)
+        fastattn.optim.AdamW([p]).step()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_closure_scaler_and_nothing_to_do() -> None:

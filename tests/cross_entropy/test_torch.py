@@ -138,3 +138,59 @@ def test_explain() -> None:
         fastattn.explain(linear_kl_div, x.double(), weight.double(), x.double(), weight.double()).backend
         == "reference"
     )
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_float16_under_a_scaled_loss(scale: float) -> None:
+    x, weight, target = torch.randn(4096, 32), 0.1 * torch.randn(512, 32), torch.randint(512, (4096,))
+    found = []
+    for loss, dtype in (
+        (linear_cross_entropy, torch.float16),
+        (lambda x, w, t: F.cross_entropy((x @ w.t()).float(), t), torch.float16),
+        (lambda x, w, t: F.cross_entropy(x @ w.t(), t), torch.float64),
+    ):
+        tensors = [a.half().to(dtype).requires_grad_() for a in (x, weight)]
+        (loss(*tensors, target) * scale).backward()
+        found.append([a.grad.double() for a in tensors])
+    for ours, theirs, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x: cross_entropy(x, torch.tensor([1, 0])),
+        lambda x: linear_cross_entropy(x, x, torch.tensor([1, 0])),
+    ],
+)
+def test_forward_mode_is_refused(loss: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(2, 3)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        loss(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_a_compiled_loss_without_grad() -> None:
+    x, weight, target = tensors()
+    x.requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            of_head, of_logits = linear_cross_entropy(x, weight, target), cross_entropy(x, target % 4)
+        return of_head + of_logits + x.sum()
+
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, loss(x))
+
+
+def test_batched_gradients() -> None:
+    x, weight, target = tensors()
+    x.requires_grad_()
+    many = torch.tensor([1.0, 2.0])
+    (found,) = torch.autograd.grad(linear_cross_entropy(x, weight, target), x, many, is_grads_batched=True)
+    (want,) = torch.autograd.grad(F.cross_entropy(x @ weight.t(), target), x, many, is_grads_batched=True)
+    torch.testing.assert_close(found, want)
+
+
+def test_the_module_refuses_what_may_be_torchs_layout() -> None:
+    with pytest.raises(ValueError, match=r"tells \[..., V\] from torch's"):
+        fastattn.nn.CrossEntropyLoss()(torch.randn(2, 3, 3), torch.zeros(2, 3, dtype=torch.int64))

@@ -179,3 +179,12 @@ IDS, TABLE = torch.zeros(2, 3, dtype=torch.long), torch.zeros(4, 5)
 def test_errors(arguments: tuple, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fastattn.embedding(*arguments, **options)
+
+
+def test_gradients_of_each_sample() -> None:
+    weight, ids = torch.randn(5, 6), torch.randint(5, (3, 4))
+    found, want = (
+        torch.func.vmap(torch.func.grad(lambda w, i, f=f: f(i, w).square().sum()), (None, 0))(weight, ids)
+        for f in (fastattn.embedding, torch.nn.functional.embedding)
+    )
+    torch.testing.assert_close(found, want)

@@ -168,3 +168,22 @@ ADD = fastattn.dropout_add_layer_norm
 def test_what_is_refused(run: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         run()
+
+
+@needs_library
+def test_forward_mode_is_refused() -> None:
+    x = torch.randn(2, 3)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        fastattn.layer_norm(torch.autograd.forward_ad.make_dual(x, x), 3, backend="cpu")
+
+
+@needs_library
+def test_a_compiled_norm_without_grad() -> None:
+    x = torch.randn(2, 3, requires_grad=True)
+
+    def norm(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            out: Tensor = fastattn.layer_norm(x, 3, backend="cpu")
+        return out + x
+
+    torch.testing.assert_close(torch.compile(norm, fullgraph=True, backend="aot_eager")(x), norm(x))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastattn
 from fastattn.ops.rotary import rotary
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -213,3 +214,23 @@ X, COS = torch.zeros(2, 3, 5, 8), torch.zeros(9, 4)
 def test_errors(arguments: tuple, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         rotary(*arguments, **options)
+
+
+def test_tables_that_grew_in_inference_mode_train() -> None:
+    module = fastattn.nn.RotaryEmbedding(8, max_length=4)
+    with torch.inference_mode():
+        module(torch.randn(1, 1, 10, 8), torch.randn(1, 1, 10, 8))
+    q = torch.randn(1, 1, 10, 8, requires_grad=True)
+    module(q, q)[0].sum().backward()
+
+
+def test_gradients_of_each_sample_by_positions() -> None:
+    cos, sin = tables(9, 4, torch.float32)
+    x, positions = torch.randn(3, 1, 2, 5, 8), torch.randint(9, (3, 1, 5))
+
+    def loss(x: Tensor, positions: Tensor) -> Tensor:
+        return rotary(x, cos, sin, positions=positions).pow(3).sum()
+
+    found = torch.func.vmap(torch.func.grad(loss))(x, positions)
+    want = torch.stack([torch.func.grad(loss)(a, b) for a, b in zip(x, positions, strict=True)])
+    torch.testing.assert_close(found, want)

@@ -64,10 +64,14 @@ def adamw_step(
     if chosen != "reference":
         # Of one order in memory: the kernels see elements, and no dimensions.
         grads = [
-            g if _alike(g, p) else torch.empty_like(p).copy_(g) for g, p in zip(grads, params, strict=True)
+            g if alike(g, p) else torch.empty_like(p).copy_(g) for g, p in zip(grads, params, strict=True)
         ]
     step = _kernels(chosen).step
     step(params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps, weight_decay, factor)
+    if chosen != "reference":
+        # A graph that has saved a parameter refuses its backward now, as after a step of torch's.
+        written = [x for xs in (params, exp_avgs, exp_avg_sqs) for x in xs if not x.is_inference()]
+        torch.autograd.graph.increment_version(written)
 
 
 def total_norm(tensors: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
@@ -112,7 +116,8 @@ def is_dense(x: Tensor) -> bool:
     return x.permute(order).is_contiguous()
 
 
-def _alike(x: Tensor, y: Tensor) -> bool:
+def alike(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in one order in memory."""
     return x.stride() == y.stride() or (x.is_contiguous() and y.is_contiguous())
 
 
@@ -128,3 +133,5 @@ def _check(lists: dict[str, Sequence[Tensor]], steps: Sequence[Tensor]) -> None:
                     f"{name}: expected {list(p.shape)} of {params[0].dtype} on {params[0].device}, "
                     f"got {list(x.shape)} of {x.dtype} on {x.device}"
                 )
+            if name in ("exp_avgs", "exp_avg_sqs") and not alike(x, p):
+                raise ValueError(f"{name}: expected strides {p.stride()}, as params, got {x.stride()}")

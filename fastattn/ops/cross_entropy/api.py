@@ -98,7 +98,7 @@ def linear_cross_entropy(
     The logits and their gradient are made and used up a chunk of rows at a time, in float32 (in x's dtype on
     CPUs whose own product of it is faster); the sums of the loss are always in float32. With reduction
     ``"mean"`` or ``"sum"`` forward makes the gradients at once (three matrix products in all); with
-    ``"none"`` backward makes the logits again.
+    ``"none"``, and in float16, whose small gradients need the loss's scale, backward makes the logits again.
 
     Args:
         x: ``[..., D]`` in float32, bfloat16, float16 or float64.

@@ -135,8 +135,12 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, *option
 
 
 def _tracked(*tensors: Tensor | None) -> bool:
-    """Whether a gradient may be asked for: without one, `apply` costs more than the op."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """Whether a derivative may be asked for: without one, `apply` costs more than the op."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    if torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
@@ -145,7 +149,8 @@ class LinearLoss(torch.autograd.Function):
     """Gradient of an op that makes a linear layer's gradients along with the loss of its output's rows.
 
     Where the rows have a `share` in the one loss, the gradients are made in forward, for a loss whose own
-    gradient is 1: backward multiplies. Where each row's loss is returned, backward runs the op again.
+    gradient is 1: backward multiplies. Where each row's loss is returned, backward runs the op again; in
+    float16 too, where a loss is scaled up lest its gradients vanish, and only backward knows by how much.
     """
 
     generate_vmap_rule = True
@@ -210,14 +215,19 @@ def linear_loss(op: str, share: Tensor | None, options: tuple[Any, ...], *tensor
     if not _tracked(*tensors):
         return LinearLoss.forward(op, share, 0, options, *tensors)[0]  # type: ignore[no-any-return]
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
-    wanted = 0 if share is None else _wanted(needed)
+    early = share is not None and tensors[0].dtype != torch.float16  # type: ignore[union-attr]
+    wanted = _wanted(needed) if early else 0
     loss: Tensor = LinearLoss.apply(op, share, wanted, options, *tensors)[0]
     return loss
 
 
 def _scaled(grads: Sequence[Tensor], dloss: Tensor) -> Sequence[Tensor]:
     """The gradients times that of the loss; in place where nobody else will ask for them."""
-    alone = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    alone = not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(dloss)  # is_grads_batched
+    )
     if not alone or torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph():
         return [x * dloss for x in grads]
     if type(dloss) is Tensor and dloss.device.type == "cpu" and float(dloss) == 1:

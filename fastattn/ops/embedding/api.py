@@ -128,7 +128,7 @@ def _check_range(name: str, index: Tensor, rows: int) -> None:
         torch.compiler.is_compiling()
         or type(index) is not Tensor
         or index.device.type != "cpu"
-        or torch._C._functorch.is_batchedtensor(index)
+        or torch._C._are_functorch_transforms_active()  # mapped at any depth, it can't be read
         or not index.numel()
     ):
         return

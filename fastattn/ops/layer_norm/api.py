@@ -124,7 +124,8 @@ def dropout_add_layer_norm(
             evaluation.
         eps: added to the variance.
         seed: an int in [0, 2^63) or an int64 tensor ``[1]``; drawn from torch's generator if None.
-        prenorm: return z too, the residual of the next layer.
+        prenorm: return z too, the residual of the next layer: x itself, and no copy, where there is neither a
+            residual nor dropout.
         residual_dtype: of z: x's dtype or float32; the wider of x's and the residual's if None.
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; the best that can if None.
 

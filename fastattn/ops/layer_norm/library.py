@@ -177,8 +177,15 @@ def gradient(*args: Any) -> Any:
 
 def layer_norm(*args: Any) -> Any:
     """The forward op, with its gradient where one is asked for: `LayerNorm.apply` costs more than the op."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return LayerNorm.apply(*args)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:4]):
-        return LayerNorm.apply(*args)
-    return torch.ops.fastattn.layer_norm_forward(*args)
+    return (LayerNorm.apply if _tracked(*args[:4]) else torch.ops.fastattn.layer_norm_forward)(*args)
+
+
+def _tracked(*tensors: Tensor | None) -> bool:
+    """Whether a derivative may be asked for."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -49,8 +49,9 @@ def step(
             torch.tensor(scales, dtype=torch.float32, device=device),
             torch.tensor(runs, dtype=torch.int32, device=device),
             factor,
-            beta1,
+            1 - beta1,
             beta2,
+            1 - beta2,
             eps,
             1 - lr * weight_decay,
             TYPE=_TYPES[params[0].dtype],
@@ -73,15 +74,16 @@ def _step(
     scales,
     runs,
     factor,
-    beta1,
+    new1,
     beta2,
+    new2,
     eps,
     decay,
     TYPE: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g²,
+    """m = (1 - new1) m + new1 g, v = beta2 v + new2 g², new = 1 - beta,
     p = decay p - step_size m / (sqrt(v) root + eps)."""
     tensor = tl.load(runs + 2 * tl.program_id(0)).to(tl.int64)
     first = tl.load(runs + 2 * tl.program_id(0) + 1).to(tl.int64) * RUN
@@ -102,8 +104,8 @@ def _step(
         m = tl.load(exp_avg + i, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(exp_avg_sq + i, mask=inside, other=0.0).to(tl.float32)
         p = tl.load(param + i, mask=inside, other=0.0).to(tl.float32) * decay
-        m += (g - m) * (1 - beta1)
-        v = v * beta2 + g * g * (1 - beta2)
+        m += (g - m) * new1
+        v = v * beta2 + g * g * new2
         p -= step_size * m / (tl.sqrt_rn(v) * root + eps)
         tl.store(param + i, p.to(TYPE), mask=inside)
         tl.store(exp_avg + i, m.to(TYPE), mask=inside)
