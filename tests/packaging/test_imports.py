@@ -60,6 +60,7 @@ def test_the_flop_counter_knows_the_ops_whichever_is_imported_first(counter_firs
 
 # The rooms of the package, and for each the rooms it may import from besides itself.
 MATHEMATICS = {
+    "ops.once",
     "ops.activations",
     "ops.choice",
     "ops.constraints",
@@ -94,6 +95,7 @@ MAY_IMPORT = {
     "ops.explain": {"ops", "ops.choice"},
     "ops.activations": set(),
     "ops.gpu": set(),
+    "ops.once": set(),
     "ops.interpreter": set(),
     "ops.measured": {"_backends"},
     "ops.epilogues": set(),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastattn.ops import flops
 from fastattn.ops.attention.flops import FORMULAS
+from fastattn.ops.once import Once
 
 # The fields of `Problem`, in its order.
 _PROBLEM = (
@@ -222,22 +223,14 @@ def attention(*args: Any) -> Any:
     return torch.ops.fastattn.attention_forward(*args)
 
 
-class Gradient(torch.autograd.Function):
-    """The backward op, which has no derivative: taking one raises, where it would be 0 unnoticed."""
+class Gradient(Once):
+    """The backward op, which has no derivative."""
+
+    operation = "fastattn.attention"
 
     @staticmethod
     def forward(*problem: Any) -> Any:
         return torch.ops.fastattn.attention_backward(*problem)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "fastattn.attention has no second derivative on this backend; backend='reference' has every one"
-        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *problem: Any) -> tuple[Any, Any]:

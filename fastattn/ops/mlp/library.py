@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import flops
+from fastattn.ops.once import Once
 
 _LAYERS = "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? gate, Tensor? gate_bias"
 _OPTIONS = "Tensor? seed, float dropout, str activation"
@@ -121,24 +122,16 @@ class MLP(torch.autograd.Function):
         return (*grads, dout if needed[7] else None, *none[8:])
 
 
-class Gradient(torch.autograd.Function):
-    """The backward op, which has no derivative: taking one raises, where it would be 0 unnoticed."""
+class Gradient(Once):
+    """The backward op, which has no derivative."""
+
+    operation = "fastattn.mlp"
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*problem: Any) -> Any:
         return torch.ops.fastattn.mlp_backward(*problem)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "fastattn.mlp has no second derivative on this backend; backend='reference' has every one"
-        )
 
 
 def gradient(*problem: Any) -> Any:
