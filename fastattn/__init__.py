@@ -94,6 +94,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__", "nn", "optim"])
+
+
 def __getattr__(name: str) -> Any:
     """What waits until it is asked for: `compiler` and `optimize` bring torch's compiler with them."""
     import importlib  # noqa: PLC0415

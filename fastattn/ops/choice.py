@@ -65,6 +65,8 @@ def explain(
     Raises:
         ValueError, TypeError: for arguments no backend takes, as the operation does.
     """
+    if not getattr(operation, "__module__", "").startswith("fastattn.ops."):
+        raise TypeError(f"operation: expected a function of fastattn that takes backend=, got {operation!r}")
     try:
         operation(*args, backend=_Question(backend), **options)
     except _Answer as answer:

@@ -30,4 +30,7 @@ def explain(*args: Any, **options: Any) -> choice.Explanation:
     """
     if args and callable(args[0]) and not isinstance(args[0], Tensor):
         return choice.explain(*args, **options)
+    if not isinstance(args[0] if args else options.get("q"), Tensor):
+        got = type(args[0]).__name__ if args else "nothing"
+        raise TypeError(f"explain: expected q, k and v, or an operation and its arguments, got {got}")
     return attention.explain(*args, **options)

@@ -23,9 +23,14 @@ from fastattn.report.look import (
 )
 from fastattn.report.rows import OURS, Row, latest, speedups
 
-_PASSES: Final = ("forward", "backward", "both", "step")
+# In the order of the plots; what is not named here comes last.
+_PASSES: Final = ("forward", "backward", "both", "step", "product")
 _PASS_NAMES: Final = {"both": "forward + backward", "step": "training step"}
 _MOST_PANELS: Final = 12
+
+
+def _place(passes: str) -> int:
+    return _PASSES.index(passes) if passes in _PASSES else len(_PASSES)
 
 
 def pass_name(passes: str) -> str:
@@ -49,7 +54,7 @@ def speed_by_length(rows: Sequence[Row]) -> Figure | None:
     panels = {key: own for key, own in panels.items() if len({row.length for row in own}) > 1}
     if not panels:
         return None
-    keys = sorted(panels, key=lambda key: (_PASSES.index(key[0]), key[1] or 0, key[2], key[3]))[:_MOST_PANELS]
+    keys = sorted(panels, key=lambda key: (_place(key[0]), key[1] or 0, key[2], key[3]))[:_MOST_PANELS]
     columns = _columns(len(keys))
     lines = -(-len(keys) // columns)
     figure = Figure(figsize=(11, 2.7 * lines), layout="constrained")
@@ -126,15 +131,19 @@ def speedup_by_peer(rows: Sequence[Row]) -> Figure | None:
         groups.setdefault((ours.op, name, ours.passes), []).append(ratio)
     if not groups:
         return None
-    keys = sorted(groups, key=lambda key: (key[0], key[1], _PASSES.index(key[2])))
+    keys = sorted(groups, key=lambda key: (key[0], key[1], _place(key[2])))
     figure = Figure(figsize=(11, 0.9 + 0.29 * len(keys)), layout="constrained")
     axes = figure.subplots()
-    colors = dict(zip(_PASSES, (COLORS[0], COLORS[2], GREEN, COLORS[3]), strict=True))
+    colors = dict(zip(_PASSES, (COLORS[0], COLORS[2], GREEN, COLORS[3], COLORS[4]), strict=True))
     for i, key in enumerate(keys):
         ratios = sorted(groups[key])
         middle = statistics.median(ratios)
-        axes.plot([ratios[0], ratios[-1]], [i, i], color=colors[key[2]], linewidth=1.2, alpha=0.5)
-        axes.plot(ratios, [i] * len(ratios), "o", color=colors[key[2]], markersize=4.5, alpha=0.6)
+        axes.plot(
+            [ratios[0], ratios[-1]], [i, i], color=colors.get(key[2], COLORS[0]), linewidth=1.2, alpha=0.5
+        )
+        axes.plot(
+            ratios, [i] * len(ratios), "o", color=colors.get(key[2], COLORS[0]), markersize=4.5, alpha=0.6
+        )
         axes.plot([middle], [i], "|", color=INK, markersize=14, markeredgewidth=2)
         count = f"  (of {len(ratios)})" if len(ratios) > 1 else ""
         told = f"{middle:,.0f}×" if middle >= 100 else f"{middle:.2f}×"
@@ -165,10 +174,17 @@ def _ratio_axis(axes: Axes, ratios: Sequence[float]) -> None:
 
 def share_of_ceiling(rows: Sequence[Row]) -> Figure | None:
     """How near to what the machine can do at most: a line for each kind of problem, a dot a length."""
-    groups: dict[tuple[str, int, str, int, str, str], dict[int, list[float]]] = {}
+    groups: dict[tuple[str, tuple[int, str], str, int, str, str], dict[int, list[float]]] = {}
     for row in latest(rows):
         if row.implementation == OURS and row.share and row.length:
-            key = (row.op, _PASSES.index(row.passes), row.dtype, row.head_dim or 0, row.mask, row.ceiling)
+            key = (
+                row.op,
+                (_place(row.passes), row.passes),
+                row.dtype,
+                row.head_dim or 0,
+                row.mask,
+                row.ceiling,
+            )
             groups.setdefault(key, {}).setdefault(row.length, []).append(row.share)
     if not groups:
         return None
@@ -192,7 +208,7 @@ def share_of_ceiling(rows: Sequence[Row]) -> Figure | None:
     names = []
     for op, passes, dtype, head_dim, mask, _ in keys:
         kind = _kind(head_dim, mask)
-        names.append(", ".join(part for part in (op, pass_name(_PASSES[passes]), kind, dtype) if part))
+        names.append(", ".join(part for part in (op, pass_name(passes[1]), kind, dtype) if part))
     axes.set_yticks(range(len(keys)), names)
     axes.set_ylim(len(keys) - 0.4, -0.6)
     axes.grid(False, axis="y")

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 
 from fastattn import report
 from fastattn.cli import main
-from fastattn.report import features, rows, tables
+from fastattn.report import features, figures, rows, tables
 from fastattn.report.look import look_of
 from fastattn.testing import FEATURES
 
@@ -231,6 +231,8 @@ def test_kept_rows_are_read_whole(tmp_path: Path) -> None:
         assert key not in seen
         seen.add(key)
     assert all(ours.p50_ms and peer.p50_ms for ours, peer, _ in rows.speedups(found.rows))
+    for draw in (figures.speed_by_length, figures.speedup_by_peer, figures.share_of_ceiling):
+        assert draw(found.rows) is not None
 
 
 def test_rows_of_a_gpu_check_are_read(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
                 [3., 3., 3., 3.]])
     """
     choice.check_tensors(x=x, weight=weight, bias=bias)
+    if x is None or weight is None:
+        raise TypeError(f"{'x' if x is None else 'weight'}: expected a tensor, got None")
     x, weight, bias = choice.autocast(x, weight, bias)
     check_linear(x, weight, bias)
     chosen = choice.choose(x, backend, _against(x, weight), lambda: _notes(x, weight))

@@ -101,6 +101,7 @@ def _key(a: Tensor, b: Tensor, out: Tensor) -> Key:
 
 
 def _measure(a: Tensor, b: Tensor, out: Tensor, ours: Callable[[Tensor, Tensor, Tensor], object]) -> Choice:
+    cut = a.shape[0] > _ROWS or max(*b.shape) > _SIDE
     a, b = a[:_ROWS, :_SIDE], b[:_SIDE, :_SIDE]
     scratch = out.new_empty((a.shape[0], b.shape[1]))
     _seconds(ours, a, b, scratch)
@@ -118,7 +119,8 @@ def _measure(a: Tensor, b: Tensor, out: Tensor, ours: Callable[[Tensor, Tensor, 
         theirs = min(theirs, _seconds(_torch, a, b, scratch))
     ratio = theirs / best
     shape = f"[{a.shape[0]}, {a.shape[1]}] @ [{b.shape[0]}, {b.shape[1]}], {a.dtype}"
-    return Choice(ratio >= 1, ratio, f"measured {ratio:.2f} x torch's speed for {shape}")
+    where = f"a corner of the first such product, {shape}" if cut else shape
+    return Choice(ratio >= 1, ratio, f"measured {ratio:.2f} x torch's speed for {where}")
 
 
 def _torch(a: Tensor, b: Tensor, out: Tensor) -> None:
