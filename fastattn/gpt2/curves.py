@@ -90,7 +90,7 @@ def held_out_windows(corpus: Corpus, context: int, longest: int, most: int | Non
 
     Example:
         >>> from fastattn.gpt2.tokenizer import load_tokenizer
-        >>> text = torch.arange(10, dtype=torch.uint16)
+        >>> text = torch.arange(10).to(torch.uint16)
         >>> corpus = Corpus((), (text,), load_tokenizer("bytes"), "count", "")
         >>> held_out_windows(corpus, 2, 4).tolist()
         [[0, 1, 2], [2, 3, 4], [4, 5, 6], [6, 7, 8]]

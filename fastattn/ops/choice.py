@@ -179,6 +179,13 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
+def require_tensors(**tensors: object) -> None:
+    """Raise TypeError naming the first that is no tensor."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
 def check_tensors(**tensors: object) -> None:
     """Raise TypeError naming the first that is neither a tensor nor None."""
     for name, x in tensors.items():

@@ -107,7 +107,7 @@ def test_a_short_run(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTEST_ADDOPTS": ""},
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

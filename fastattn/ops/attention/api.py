@@ -118,6 +118,7 @@ def attention(
             return_lse=return_lse,
             backend=backend,
         )
+    choice.require_tensors(q=q, k=k, v=v)
     q, k, v = choice.autocast(q, k, v)
     mask_, bias_ = as_mask(mask), as_bias(bias)
     check_inputs(q, k, v)
@@ -249,6 +250,7 @@ def explain(
         >>> fastattn.explain(q, q, q).backend
         'reference'
     """
+    choice.require_tensors(q=q, k=k, v=v)
     q, k, v = choice.autocast(q, k, v)
     check_inputs(q, k, v)
     check_options(q, k, as_mask(mask), as_bias(bias), softcap, sinks, dropout, q_start, k_start)

@@ -46,9 +46,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         tensor([[3., 3., 3., 3.],
                 [3., 3., 3., 3.]])
     """
-    choice.check_tensors(x=x, weight=weight, bias=bias)
-    if x is None or weight is None:
-        raise TypeError(f"{'x' if x is None else 'weight'}: expected a tensor, got None")
+    choice.require_tensors(x=x, weight=weight)
+    choice.check_tensors(bias=bias)
     x, weight, bias = choice.autocast(x, weight, bias)
     check_linear(x, weight, bias)
     chosen = choice.choose(x, backend, _against(x, weight), lambda: _notes(x, weight))

@@ -208,8 +208,10 @@ def _prepare(
     if (k is None) != (v is None):
         raise ValueError("k, v: expected both or neither, got one")
     if k is None or v is None:
-        q, _, _ = choice.autocast(q, q, q)
+        choice.require_tensors(q=q)
+        (q,) = choice.autocast(q)
     else:
+        choice.require_tensors(q=q, k=k, v=v)
         q, k, v = choice.autocast(q, k, v)
     if q.dim() != 4:
         raise ValueError(f"q: expected 4 dimensions [batch, heads, length, head_dim], got {list(q.shape)}")
