@@ -26,6 +26,7 @@ from fastattn.gpt2.compare.result import machine, versions
 from fastattn.gpt2.config import SIZES, config_of
 from fastattn.gpt2.curves import Curve, Recipe, Run, held_out_windows
 from fastattn.gpt2.data import load_tokens
+from fastattn.gpt2.drawing import plots_of
 from fastattn.gpt2.options import check_device
 
 SCHEMA: Final = 1
@@ -289,15 +290,10 @@ def write_report(result: Mapping[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     image = ""
-    try:
-        from fastattn.gpt2.compare import plots  # noqa: PLC0415, needs matplotlib
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("matplotlib"):
-            raise
-    else:
-        if result["runs"]:
-            plots.draw_seeds(result).savefig(folder / "training.png", dpi=130)
-            image = "![held-out loss](training.png)\n\n"
+    plots = plots_of("fastattn.gpt2.compare")
+    if plots is not None and result["runs"]:
+        plots.draw_seeds(result).savefig(folder / "training.png", dpi=130)
+        image = "![held-out loss](training.png)\n\n"
     settings, machine_ = result["settings"], result["machine"]
     method = bullets(
         [

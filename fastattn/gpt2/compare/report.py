@@ -11,6 +11,7 @@ from typing import Any, Final
 from fastattn.gpt2.compare.progress import point_text
 from fastattn.gpt2.compare.result import LEAST_COMMON_STEPS, is_ours
 from fastattn.gpt2.compare.session import WARM_UP_TOKENS
+from fastattn.gpt2.drawing import plots_of
 
 UNSTEADY: Final = 1.3  # longest step over shortest above which the reader is warned; 1.1 on a quiet machine
 
@@ -29,12 +30,8 @@ def write_report(result: Mapping[str, Any], folder: Path) -> list[Path]:
     written = [folder / "result.json"]
     written[0].write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     plots: list[str] | None = None
-    try:
-        from fastattn.gpt2.compare import plots as plotting  # noqa: PLC0415, needs matplotlib
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("matplotlib"):
-            raise
-    else:
+    plotting = plots_of("fastattn.gpt2.compare")
+    if plotting is not None:
         plots = plotting.write_plots(result, folder)
         written += [folder / name for name in plots]
     written.append(folder / "report.md")

@@ -25,6 +25,7 @@ from fastattn.gpt2.compare.settings import contexts as parse_contexts
 from fastattn.gpt2.config import GPT2Config
 from fastattn.gpt2.curves import Curve, Recipe, Run, held_out_windows
 from fastattn.gpt2.data import Corpus, load_tokens
+from fastattn.gpt2.drawing import plots_of
 from fastattn.gpt2.options import check_device
 
 SCHEMA: Final = 1
@@ -284,15 +285,10 @@ def write_report(result: Mapping[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     image = ""
-    try:
-        from fastattn.gpt2.longcontext import plots  # noqa: PLC0415, needs matplotlib
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("matplotlib"):
-            raise
-    else:
-        if result["rows"]:
-            plots.draw_quality(result).savefig(folder / "quality.png", dpi=130)
-            image = "![held-out loss](quality.png)\n\n"
+    plots = plots_of("fastattn.gpt2.longcontext")
+    if plots is not None and result["rows"]:
+        plots.draw_quality(result).savefig(folder / "quality.png", dpi=130)
+        image = "![held-out loss](quality.png)\n\n"
     settings, model = result["settings"], result["model"]
     method = bullets(
         [

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.gpt2.compare.report import bullets, table
+from fastattn.gpt2.drawing import plots_of
 from fastattn.gpt2.longcontext.result import times_longer
 from fastattn.gpt2.longcontext.session import BASELINE
 from fastattn.gpt2.longcontext.settings import ATTENTION, CHECKPOINT, IMPLEMENTATIONS
@@ -27,12 +28,8 @@ def write_report(result: Mapping[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "result.json"]
     written[0].write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    try:
-        from fastattn.gpt2.longcontext import plots  # noqa: PLC0415, needs matplotlib
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("matplotlib"):
-            raise
-    else:
+    plots = plots_of("fastattn.gpt2.longcontext")
+    if plots is not None:
         written += plots.write_plot(result, folder / "longcontext.png")
     page = folder / "longcontext.md"
     page.write_text(markdown(result, [path.name for path in written[1:]]), encoding="utf-8")

@@ -8,6 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from fastattn.ops.once import Once
+
 # x and residual are [rows, columns], weight and bias [columns]. `sum` is z = residual + dropout(x) of dtype
 # `sum_dtype`, empty where z is x itself; the statistics are float32 [rows], the mean empty in an RMS norm.
 torch.library.define(
@@ -146,24 +148,15 @@ class LayerNorm(torch.autograd.Function):
         )
 
 
-class Gradient(torch.autograd.Function):
-    """The backward op, which has no derivative: taking one raises, where it would be 0 unnoticed."""
+class Gradient(Once):
+    """The backward op, which has no derivative."""
 
     generate_vmap_rule = True
+    operation = "fastattn's layer_norm or rms_norm"
 
     @staticmethod
     def forward(*args: Any) -> Any:
         return torch.ops.fastattn.layer_norm_backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "fastattn's norms have no second derivative on this backend; backend='reference' has every one"
-        )
 
 
 def gradient(*args: Any) -> Any:

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from fastattn import _backends
-from fastattn.ops.linear import measured
+from fastattn.ops.linear import gradients, measured
 from fastattn.ops.linear.epilogues import ADD, STORE
-from fastattn.ops.linear.library import WANTED_BIAS, WANTED_WEIGHT, WANTED_X
 
 
 def matmul(
@@ -69,21 +68,4 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def backward(dout: Tensor, x: Tensor, weight: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
     """`fastattn::linear_backward` on CPU."""
     _backends.require("cpu")
-    dx, dweight, dbias = (x.new_empty((0,)) for _ in range(3))
-    if wanted & WANTED_X:
-        dx = matmul(dout, weight, torch.empty_like(x, memory_format=torch.contiguous_format))
-    if wanted & WANTED_WEIGHT:
-        dweight = weight_gradient(dout, x, weight)
-    if wanted & WANTED_BIAS:
-        dbias = dout.sum(0, dtype=torch.float32).to(dout.dtype)
-    return dx, dweight, dbias
-
-
-def weight_gradient(dout: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``doutᵀ @ x``, laid out in memory as `weight` is."""
-    grad = torch.empty_like(weight)
-    if grad.stride(-1) == 1:
-        matmul(dout.t(), x, grad)
-    else:
-        matmul(x.t(), dout, grad.t())
-    return grad
+    return gradients.backward(matmul, dout, x, weight, wanted)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn.ops.activations import activation_id
 from fastattn.ops.linear.epilogues import ACTIVATE, GATE, GATE_SLOPE, SLOPE
+from fastattn.ops.linear.gradients import column_sums, weight_gradient
 from fastattn.ops.mlp.library import LAYERS
 
 
@@ -102,13 +103,13 @@ def backward(
         dg = x.new_empty(shape)
         by.gemm(dout, w2, du, epilogue=GATE_SLOPE, activation=kind, u=u, gate=g, h=h, d=dg)
     if h is not None:
-        dw2 = weight_gradient(by, dout, h, w2)
+        dw2 = weight_gradient(by.matmul, dout, h, w2)
     if want_w1:
-        dw1 = weight_gradient(by, du, x, w1)
+        dw1 = weight_gradient(by.matmul, du, x, w1)
     if want_b1:
         db1 = column_sums(du)
     if gate is not None and want_gate:
-        dgate = weight_gradient(by, dg, x, gate)
+        dgate = weight_gradient(by.matmul, dg, x, gate)
     if want_gate_bias:
         dgate_bias = column_sums(dg)
     if want_x:
@@ -118,18 +119,3 @@ def backward(
         if gate is not None:
             dx = by.matmul(dg, gate, dx, accumulate=True).to(x.dtype)
     return dx, dw1, db1, dw2, db2, dgate, dgate_bias
-
-
-def weight_gradient(by: Products, dout: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``doutᵀ x``, laid out in memory as `weight` is."""
-    grad = torch.empty_like(weight)
-    if grad.stride(-1) == 1:
-        by.matmul(dout.t(), x, grad)
-    else:
-        by.matmul(x.t(), dout, grad.t())
-    return grad
-
-
-def column_sums(x: Tensor) -> Tensor:
-    """``1ᵀ x``, added up in float32."""
-    return x.sum(0, dtype=torch.float32).to(x.dtype)
