@@ -14,17 +14,19 @@ pytest.importorskip("triton")
 
 from fastattn.testing.compiled import Kernel
 
-SCRIPT = Path(__file__).with_name("fused_kernels.py")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-KINDS = 16  # of launches in the script
+FOLDER = Path(__file__).parent
+# Scripts, how many kinds of launches each has, and how many programs fit on a multiprocessor at least.
+SCRIPTS = [(FOLDER / "fused_kernels.py", 16, 1), (FOLDER.parent / "cross_entropy/compile_kernels.py", 5, 2)]
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma"}
 
 
 @pytest.mark.slow
-def test_compiles_well() -> None:
+@pytest.mark.parametrize(("script", "kinds", "programs"), SCRIPTS, ids=["fused", "cross_entropy"])
+def test_compiles_well(script: Path, kinds: int, programs: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *TARGETS],
+        [sys.executable, str(script), *TARGETS],
         env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -33,7 +35,8 @@ def test_compiles_well() -> None:
     )
     assert done.returncode == 0, done.stderr
     found = [Kernel(**kernel) for kernel in json.loads(done.stdout)]
-    assert len(found) == len(TARGETS) * KINDS
+    assert len(found) == len(TARGETS) * kinds
     for kernel in found:
         assert kernel.spills == kernel.stack == 0, kernel
+        assert kernel.programs is None or kernel.programs >= programs, kernel
         assert "gemm" not in kernel.name or kernel.count(TENSOR_CORES[kernel.target]), kernel
