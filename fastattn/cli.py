@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import warnings
@@ -34,12 +35,13 @@ _COMMANDS: Final = {
     "longcontext": "find the longest context that trains GPT-2 within a memory budget",
     "report": "make one page of tables and plots from measured rows",
     "tune": "find block sizes for the GPU at hand, and write them to the tuning table",
-    "bench": "run the benchmarks of a source checkout (--op, --length, --peers, ...: docs/benchmarks.md)",
+    "bench": "run the benchmarks of a source checkout",
 }
 _COMPARISONS: Final = {
     "gpt2": ("fastattn.gpt2.compare", "speed and memory of a training step, and its losses"),
     "training": ("fastattn.gpt2.equivalence", "held-out losses of whole training runs, over seeds"),
 }
+_BENCH_OPTIONS: Final = "fastattn bench"  # the title of their group in bench/conftest.py
 _OPTIONAL: Final = (
     "einops",
     "ninja",
@@ -92,7 +94,9 @@ def _parse(argv: list[str], chosen: str | None) -> tuple[argparse.Namespace, lis
     parser.add_argument("--version", action="version", version=f"fastattn {fastattn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     subparsers = {
-        name: commands.add_parser(name, help=text, description=text) for name, text in _COMMANDS.items()
+        # the options of `bench` are the benchmarks' own, and so is their help
+        name: commands.add_parser(name, help=text, description=text, add_help=name != "bench")
+        for name, text in _COMMANDS.items()
     }
     if chosen == "env":
         subparsers["env"].add_argument("--json", action="store_true", help="print JSON")
@@ -150,7 +154,21 @@ def _bench(pytest_args: list[str]) -> int:
         *paths,
         *pytest_args,
     ]
+    if {"-h", "--help"} & set(pytest_args):
+        return _bench_help(command)
     return subprocess.run(command, check=False).returncode
+
+
+def _bench_help(command: list[str]) -> int:
+    """Print what pytest says of the benchmarks' own options, and leave out what it says of all others."""
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    found = re.search(rf"^{_BENCH_OPTIONS}:\n(.*?)(?=^\S|\Z)", done.stdout, re.DOTALL | re.MULTILINE)
+    if found is None:
+        print(done.stdout + done.stderr, file=sys.stderr)
+        return 1
+    print("usage: fastattn bench [options] [folder or file of bench/] [pytest's options]\n")
+    print(f"{_COMMANDS['bench']}; method and examples: docs/benchmarks.md\n\noptions:\n{found[1].rstrip()}")
+    return 0
 
 
 def environment() -> dict[str, Any]:

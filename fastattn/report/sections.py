@@ -90,7 +90,7 @@ def headlines(found: Found) -> list[Headline]:
                 f"{statistics.median(own):.1f}×", f"{what} faster than {who}, median of {len(own)} problems"
             )
         )
-    for result in _last(found.results, "longcontext"):
+    for result in _searches(found.results):
         rows = result["implementations"]
         known = [
             (row["longest"], name) for name, row in rows.items() if row["longest"] and name.startswith(OURS)
@@ -221,9 +221,10 @@ def _training(found: Found) -> Section:
 
 def _longest(results: Iterable[Mapping[str, Any]]) -> Section:
     section = Section("longest", "The longest context that trains")
-    for i, result in enumerate(_last(results, "longcontext")):
+    for i, result in enumerate(_searches(results)):
         section.words.append(result["verdict"])
-        section.tables.append(("", tables.longest(result)))
+        made = f"torch {result['versions']['torch']}, {str(result['started'])[:10]}"
+        section.tables.append((f"{_search_title(result)}; {made}", tables.longest(result)))
         _figure(
             section,
             f"longest-{i}",
@@ -231,6 +232,21 @@ def _longest(results: Iterable[Mapping[str, Any]]) -> Section:
             styled(partial(longcontext_plots.draw, result)),
         )
     return section
+
+
+def _searches(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The last search of each kind: what differs in its settings is another question."""
+    last = {_search_title(result): result for result in results if result["kind"] == "longcontext"}
+    return list(last.values())
+
+
+def _search_title(result: Mapping[str, Any]) -> str:
+    settings, machine = result["settings"], result["machine"]
+    return (
+        f"{result['model']['title']}, {settings['memory'] / 2**30:g} GiB, {settings['dtype']}, "
+        f"dropout {settings['dropout']:g}, {settings['positions']} positions, "
+        f"{machine['gpu'] or machine['cpu']}"
+    )
 
 
 def _quality(results: Iterable[Mapping[str, Any]]) -> Section:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from fastattn.gpt2.config import GPT2Config, config_of
+from fastattn.gpt2.longcontext.result import times_longer
 from fastattn.report.features import SYSTEMS, TABLE
 from fastattn.report.rows import OURS, Row, is_ours, latest, speedups
 
@@ -116,19 +117,18 @@ def _flops(config: GPT2Config, length: int) -> float:
 
 def longest(result: Mapping[str, Any]) -> Table:
     """Of `fastattn longcontext`."""
-    base = result["implementations"].get("standard", {})
     lines: list[list[str]] = []
     marked: set[int] = set()
     for i, (name, row) in enumerate(result["implementations"].items()):
         if is_ours(name.partition("+")[0]):
             marked.add(i)
-        known = base.get("edge") == "run" and base.get("longest") and row["longest"]
+        ratio = times_longer(result, name)
         peaks = {t: at["measured"].get(name) for t, at in result["memory_at"].items()}
         lines.append(
             [
                 name,
                 f"{row['longest']:,}" if row["longest"] else "none",
-                f"{row['longest'] / base['longest']:.1f}×" if known else "",
+                "" if ratio is None else f"{ratio:.1f}×",
                 {"run": "run", "extrapolated": "not reached", "none": ""}[row["edge"]],
                 f"{row['predicted']:,}" if row["predicted"] else "",
                 f"{row['ms'] / 1000:,.0f}" if row["ms"] else "",

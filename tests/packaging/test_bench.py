@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from bench import peers, rows, tidy
+from fastattn.cli import main
 from fastattn.gpu_check.oracle import Truth, results
 from fastattn.gpu_check.peers import Case, Inputs
 from fastattn.gpu_check.report import Absent
@@ -94,6 +96,14 @@ def test_peers_are_chosen_by_name() -> None:
     assert set(peers.chosen("all", "cpu")) == set(peers.PEERS)
     with pytest.raises(ValueError, match=r"expected peers among .*; got nobody"):
         peers.chosen("nobody", "cpu")
+
+
+def test_help_has_the_options(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    text = capfd.readouterr().out
+    options = set(re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE))
+    assert {"--op", "--pass", "--dtype", "--length", "--head-dim", "--mask", "--peers", "--device"} < options
+    assert len(options) == 13, "the benchmarks' own options, and none of pytest's"
 
 
 @pytest.mark.slow

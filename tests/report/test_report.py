@@ -103,7 +103,13 @@ def results() -> dict[str, dict[str, Any]]:
     }
     longest = common | {
         "kind": "longcontext",
-        "settings": {"memory": 2**34, "dtype": "float32", "at": [1024]},
+        "settings": {
+            "memory": 2**34,
+            "dtype": "float32",
+            "at": [1024],
+            "dropout": 0.1,
+            "positions": "learned",
+        },
         "model": {"title": "GPT-2 124M"},
         "implementations": {"standard": summary | {"longest": 1024}, "fastattn": summary | {"longest": 9216}},
         "points": [
@@ -113,6 +119,11 @@ def results() -> dict[str, dict[str, Any]]:
         ],
         "memory_at": {"1024": {"measured": {"standard": 9216000, "fastattn": 1024000}, "predicted": {}}},
         "verdict": "A verdict on length.",
+    }
+    without = longest | {
+        "settings": longest["settings"] | {"dropout": 0.0},
+        "implementations": {"sdpa": summary | {"longest": 3072}},
+        "verdict": "A verdict on length without dropout.",
     }
     held = {"512": 2.0, "1024": 1.5}
     quality = common | {
@@ -125,7 +136,7 @@ def results() -> dict[str, dict[str, Any]]:
         "runs": [{"implementation": n, "seed": 1, "held_out": held} for n in ("standard", "fastattn")],
         "verdict": "A verdict on training.",
     }
-    return {"longcontext": longest, "quality": quality, "training": training}
+    return {"longcontext": longest, "longcontext-without": without, "quality": quality, "training": training}
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +203,8 @@ def test_every_part_has_plots_or_tables_that_are_not_empty(page: Path) -> None:
             assert svg.count("<path") > 8 and svg.count("<text") > 5, name
     assert "class=ours" in text and "2.50×" in reader.cells
     assert "#1b1f24" not in text.split("</style>")[1], "ink that a dark page would hide"
-    for verdict in ("A verdict on length.", "A verdict on quality.", "A verdict on training."):
+    lengths = ("A verdict on length.", "A verdict on length without dropout.")
+    for verdict in (*lengths, "A verdict on quality.", "A verdict on training."):
         assert verdict in text
     # each part is reached from the top, and each reference leads somewhere
     assert all(f'href="#{name}"' in text for name, _ in parts)
