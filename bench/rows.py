@@ -47,6 +47,7 @@ COLUMNS = (
     "dropout",
     "extra",
     "implementation",
+    "race",
     "version",
     "kernel",
     "status",
@@ -66,7 +67,18 @@ COLUMNS = (
 )
 # Two rows with these alike, of one run or of two, are of one problem.
 CASE = COLUMNS[COLUMNS.index("op") : COLUMNS.index("implementation")]
-_INTEGERS = ("schema", "threads", "batch", "heads", "kv_heads", "length", "head_dim", "v_dim", "rounds")
+_INTEGERS = (
+    "schema",
+    "threads",
+    "batch",
+    "heads",
+    "kv_heads",
+    "length",
+    "head_dim",
+    "v_dim",
+    "race",
+    "rounds",
+)
 _NUMBERS = ("dropout", "error_of_budget", *COLUMNS[COLUMNS.index("p20_ms") :])
 
 
