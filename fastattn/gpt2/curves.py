@@ -14,7 +14,7 @@ from torch import Tensor
 from fastattn.gpt2.config import GPT2Config
 from fastattn.gpt2.data import Batches, Corpus, mix
 from fastattn.gpt2.model import GPT2, AttentionKind
-from fastattn.gpt2.optim import learning_rate, make_optimizer
+from fastattn.gpt2.optim import clip_and_step, learning_rate, make_optimizer
 
 _LOSS_CHUNK: Final = 4096
 _WARM_UP: Final = 0.05  # of the steps
@@ -64,12 +64,16 @@ class Curve:
     Attributes:
         losses: of the steps, in nats a token.
         held_out: by the number of steps done, the held-out loss.
+        parts: the last held-out losses of a step's batch of windows each.
         seconds: of the training steps alone.
+        held_out_seconds: of the held-out losses.
     """
 
     losses: list[float] = field(default_factory=list)
     held_out: dict[int, float] = field(default_factory=dict)
+    parts: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    held_out_seconds: float = 0.0
 
 
 def held_out_windows(corpus: Corpus, context: int, longest: int, most: int | None = None) -> Tensor:
@@ -80,7 +84,7 @@ def held_out_windows(corpus: Corpus, context: int, longest: int, most: int | Non
         context: tokens of a window; divides `longest`.
         longest: the largest context this text is read with: of each document whole stretches as long are
             taken, and documents that are shorter are left out.
-        most: at most so many such stretches.
+        most: at most so many such stretches, spread evenly over all that there are.
 
     Returns:
         ids ``[windows, context + 1]``, int64: each window with the token behind it.
@@ -105,26 +109,28 @@ def held_out_windows(corpus: Corpus, context: int, longest: int, most: int | Non
     if not stretches:
         held = max((len(document) for document in corpus.validation_documents), default=0)
         raise ValueError(f"context: expected less than {held}, the longest held-out document, got {longest}")
-    return torch.cat(stretches[:most])
+    count = len(stretches) if most is None else min(most, len(stretches))
+    return torch.cat([stretches[(2 * i + 1) * len(stretches) // (2 * count)] for i in range(count)])
 
 
 @torch.no_grad()
-def held_out_loss(model: GPT2, windows: Tensor, recipe: Recipe) -> float:
-    """Mean loss over the targets of `windows`, ``[windows, context + 1]``, a step's batch at a time."""
-    training, total = model.training, 0.0
+def held_out_losses(model: GPT2, windows: Tensor, recipe: Recipe) -> list[float]:
+    """Mean losses over the targets of `windows`, ``[windows, context + 1]``, a step's batch at a time."""
+    training, losses = model.training, []
     model.eval()
     with _autocast(recipe):
-        for part in windows.split(max(1, recipe.batch)):
+        for part in windows.split(recipe.batch):
             ids = part.to(recipe.device)
-            total += len(part) * model.loss(ids[:, :-1], ids[:, 1:], chunk=_LOSS_CHUNK).item()
+            losses.append(model.loss(ids[:, :-1], ids[:, 1:], chunk=_LOSS_CHUNK).item())
     model.train(training)
-    return total / len(windows)
+    return losses
 
 
 class Run:
     """One model in training; `step` by `step`, so that a caller may stop where its time is up.
 
     A run is a function of its recipe, attention and seed: the seed decides weights, batches and dropout.
+    With fastattn's attention, every operation that it has and its optimizer are used too.
 
     Args:
         recipe: of the run.
@@ -139,14 +145,18 @@ class Run:
         config = replace(recipe.config, n_positions=max(recipe.config.n_positions, recipe.context))
         torch.manual_seed(seed)
         self.model = GPT2(config, cast("AttentionKind", attention)).to(recipe.device)
-        self.optimizer = make_optimizer(self.model, lr=recipe.lr)
+        self.optimizer = make_optimizer(self.model, lr=recipe.lr, ours=attention == "fastattn")
         try:
             self.batches = Batches(corpus, recipe.batch, recipe.context, seed)
         except ValueError:
             self.batches = Batches(corpus, recipe.batch, recipe.context, seed, joined=True)
 
     def step(self) -> float:
-        """One step of the optimizer, and the held-out loss where it is its turn; returns the step's loss."""
+        """One step of the optimizer, and the held-out loss where it is its turn; returns the step's loss.
+
+        Raises:
+            FloatingPointError: the gradient is not finite.
+        """
         recipe, done = self.recipe, len(self.curve.losses)
         begin = time.perf_counter()
         rate = learning_rate(
@@ -163,15 +173,23 @@ class Run:
         with _autocast(recipe):
             loss = self.model.loss(x, y, chunk=_LOSS_CHUNK)
         torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP)
-        self.optimizer.step()
+        clip_and_step(self.model, self.optimizer, _CLIP)
         self.optimizer.zero_grad(set_to_none=True)
         value = loss.item()
         self.curve.seconds += time.perf_counter() - begin
         self.curve.losses.append(value)
         if done + 1 in recipe.evaluated():
-            self.curve.held_out[done + 1] = held_out_loss(self.model, self.windows, recipe)
+            self.evaluate()
         return value
+
+    def evaluate(self) -> None:
+        """Give the curve the held-out loss."""
+        begin = time.perf_counter()
+        parts = held_out_losses(self.model, self.windows, self.recipe)
+        sizes = [len(part) for part in self.windows.split(self.recipe.batch)]
+        loss = sum(size * part for size, part in zip(sizes, parts, strict=True)) / sum(sizes)
+        self.curve.held_out[len(self.curve.losses)], self.curve.parts = loss, parts
+        self.curve.held_out_seconds += time.perf_counter() - begin
 
     def finish(self, say: Callable[[str], Any]) -> Curve:
         """All steps that are left; tells `say` each held-out loss."""

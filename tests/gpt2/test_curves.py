@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastattn.gpt2 import equivalence, longcontext
 from fastattn.gpt2.config import GPT2Config
-from fastattn.gpt2.curves import Recipe, Run, held_out_loss, held_out_windows
+from fastattn.gpt2.curves import Recipe, Run, held_out_losses, held_out_windows
 from fastattn.gpt2.data import Corpus, load_tokens
 from fastattn.gpt2.longcontext import quality
 from fastattn.testing import force_isa
@@ -39,6 +40,9 @@ def test_held_out_windows_have_the_same_targets_at_every_context(corpus: Corpus)
     assert torch.equal(short[:, 1:].flatten(), long[:, 1:].flatten())
     assert torch.equal(short[:, 0], long[:, :-1].unflatten(1, (4, 32))[:, :, 0].flatten())
     assert len(held_out_windows(corpus, 32, 128, most=3)) == 3 * 128 // 32
+    two = held_out_windows(corpus, 64, 64, most=2)  # one of each document, which have nine
+    for window, document in zip(two, corpus.validation_documents, strict=True):
+        assert any(torch.equal(window, piece) for piece in document.long().unfold(0, 65, 64))
     with pytest.raises(ValueError, match="multiple of the context 48"):
         held_out_windows(corpus, 48, 128)
     with pytest.raises(ValueError, match="longest held-out document"):
@@ -49,7 +53,7 @@ def test_a_run_learns_and_is_decided_by_its_seed(corpus: Corpus) -> None:
     windows = held_out_windows(corpus, 32, 32)[:4]
     recipe = Recipe(SMALL.with_dropout(0.1), 32, 4, 12, lr=1e-2, evaluations=3)
     first, again, other = (Run(recipe, "fastattn", seed, corpus, windows) for seed in (1, 1, 2))
-    untrained = held_out_loss(first.model, windows, recipe)
+    untrained = sum(held_out_losses(first.model, windows, recipe))
     said: list[str] = []
     curve = first.finish(said.append)
     assert sorted(curve.held_out) == [4, 8, 12] and len(said) == 3
@@ -87,17 +91,65 @@ def test_quality_trains_each_context_on_the_same_tokens(
     page, printed = (tmp_path / "out" / "quality.md").read_text(), capsys.readouterr().out
     assert result["verdict"] in page and result["verdict"] in printed
     assert f"{result['rows'][1]['held_out_loss']:.4f}" in page
+    for row in result["rows"]:  # the same stretches at each context
+        assert len(row["parts"]) == len(result["rows"][0]["parts"]) > 1
+        assert sum(row["parts"]) / len(row["parts"]) == pytest.approx(row["held_out_loss"])
+    assert len(result["differences"]) == 3
 
     assert longcontext.run(parser.parse_args([*words[:2], "32,48", *words[3:]])) == 2
     assert "divisors of the longest" in capsys.readouterr().err
 
 
 def test_quality_chooses_its_steps_by_the_minutes(corpus: Corpus) -> None:
-    settings = quality.Settings(contexts=(32, 64), layers=1, heads=2, width=16, minutes=0.05)
-    windows = {c: held_out_windows(corpus, c, 64) for c in settings.contexts}
+    settings = quality.Settings(contexts=(32, 64), layers=1, heads=2, width=16, held_out=3)
+    windows = {c: held_out_windows(corpus, c, 64, settings.held_out) for c in settings.contexts}
     said: list[str] = []
-    assert quality.steps_for(settings, corpus, windows, said.append) >= 1
-    assert len(said) == 2 and all("tokens/s" in text for text in said)
+    step, evaluation = quality.probe(settings, corpus, windows, said.append)
+    assert step > 0 and evaluation > 0
+    assert len(said) == 2 and all("tokens/s" in text and "held-out" in text for text in said)
+
+
+@pytest.mark.parametrize("step, evaluation", [(1.0, 0.1), (1.0, 10.0), (1.0, 100.0), (50.0, 20.0)])
+def test_held_out_losses_are_within_the_minutes_too(step: float, evaluation: float) -> None:
+    steps, evaluations = quality.plan(1000.0, step, evaluation)
+    assert 800 < steps * step + evaluations * evaluation <= 950
+    assert evaluations == min(8, max(1, int(100 / evaluation)))
+
+
+def quality_row(context: int, parts: list[float], *, finished: bool = True) -> dict[str, Any]:
+    mean = sum(parts) / len(parts)
+    return {
+        "context": context,
+        "tokens": 10**6,
+        "held_out_loss": mean,
+        "parts": parts,
+        "finished": finished,
+    }
+
+
+def test_a_context_is_below_another_only_beyond_the_spread_of_stretches() -> None:
+    # stretches differ a lot, the contexts on each of them little: pairs tell what means would not
+    base = [1.2, 1.8, 1.5, 1.1]
+    better = [x - d for x, d in zip(base, [0.05, 0.06, 0.05, 0.04], strict=True)]
+    same = [x + d for x, d in zip(base, [0.05, -0.06, 0.05, -0.03], strict=True)]
+    rows = [quality_row(256, base), quality_row(1024, better), quality_row(4096, same)]
+    rows.append(quality_row(16_384, [9.0] * 4, finished=False))
+    found = quality.differences(rows)
+    assert [(one["contexts"], one["beyond"]) for one in found] == [
+        ((256, 1024), True),
+        ((256, 4096), False),
+        ((1024, 4096), False),
+    ]
+    assert found[0]["difference"] == pytest.approx(-0.05)
+    assert found[0]["standard_error"] == pytest.approx((2e-4 / 3 / 4) ** 0.5)
+    text = quality.verdict(rows, found, seed=1)
+    assert "1,024 is below 256 by 0.050 ± 0.004" in text and "4 held-out stretches" in text
+    assert "Not told apart: 256 and 4,096" in text and "one seed, 1" in text and "16,384" not in text
+
+    alone = [quality_row(256, [1.5]), quality_row(1024, [1.4])]
+    assert quality.differences(alone) == []
+    assert "one stretch" in quality.verdict(alone, [], seed=1)
+    assert "nothing to compare" in quality.verdict(alone[:1], [], seed=1)
 
 
 def test_compare_training_says_whether_ours_is_within_the_noise(

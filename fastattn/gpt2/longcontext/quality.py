@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,10 +29,14 @@ from fastattn.gpt2.curves import Curve, Recipe, Run, held_out_windows
 from fastattn.gpt2.data import Corpus, load_tokens
 from fastattn.gpt2.drawing import plots_of
 from fastattn.gpt2.options import check_device
+from fastattn.gpt2.spread import standard_error
 
 SCHEMA: Final = 1
-_SHARE: Final = 0.85  # of the minutes for training steps; the rest is for held-out losses and for being wrong
+_SHARE: Final = 0.92  # of the minutes; the rest is for being wrong
+_EVALUATIONS: Final = 8  # of the held-out loss at each context
+_EVALUATION_SHARE: Final = 0.1  # of the minutes, at most, beyond one evaluation a context
 _PROBE_STEPS: Final = 2  # timed ones, behind one to warm up
+_BEYOND: Final = 2.0  # standard errors
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Settings:
         if self.tokens is not None and self.tokens < max(self.contexts):
             raise ValueError(f"--tokens: expected at least {max(self.contexts)}, got {self.tokens}")
 
-    def recipe(self, context: int, steps: int, vocab_size: int) -> Recipe:
+    def recipe(self, context: int, steps: int, vocab_size: int, evaluations: int = _EVALUATIONS) -> Recipe:
         """Of one run: a step has as many tokens as the longest context, whatever its own."""
         config = GPT2Config(
             vocab_size=vocab_size,
@@ -89,7 +95,16 @@ class Settings:
             positions=self.positions,
         ).with_dropout(0.0)
         batch = max(self.contexts) // context
-        return Recipe(config, context, batch, steps, lr=self.lr, device=self.device, dtype=self.dtype)
+        return Recipe(
+            config,
+            context,
+            batch,
+            steps,
+            lr=self.lr,
+            evaluations=evaluations,
+            device=self.device,
+            dtype=self.dtype,
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,15 +184,23 @@ def train(
     Raises:
         ValueError: the text is too short for the longest context.
     """
+    begin = time.monotonic()
     longest, vocab_size = max(settings.contexts), corpus.tokenizer.vocab_size
     windows = {c: held_out_windows(corpus, c, longest, settings.held_out) for c in settings.contexts}
-    steps = (settings.tokens or 0) // longest or steps_for(settings, corpus, windows, say)
-    say(f"{steps:,} steps of {longest:,} tokens at each context")
+    if settings.tokens is None:
+        step, evaluation = probe(settings, corpus, windows, say)
+        left = 60 * settings.minutes - (time.monotonic() - begin)
+        steps, evaluations = plan(left, step, evaluation)
+    else:
+        steps, evaluations = settings.tokens // longest, _EVALUATIONS
+    say(f"{steps:,} steps of {longest:,} tokens at each context, {evaluations} held-out losses")
     for context in settings.contexts:
-        recipe = settings.recipe(context, steps, vocab_size)
+        recipe = settings.recipe(context, steps, vocab_size, evaluations)
         run = Run(recipe, "fastattn", settings.seed, corpus, windows[context])
         try:
             run.finish(partial(_say, say, context))
+        except FloatingPointError as error:
+            say(f"context {context:,} stopped at step {len(run.curve.losses) + 1:,}: {error}")
         finally:
             if run.curve.held_out:
                 curves[context] = (recipe, run.curve)
@@ -187,22 +210,42 @@ def _say(say: Callable[[str], Any], context: int, text: str) -> None:
     say(f"context {context:,}, {text}")
 
 
-def steps_for(
+def probe(
     settings: Settings, corpus: Corpus, windows: Mapping[int, torch.Tensor], say: Callable[[str], Any]
-) -> int:
-    """As many steps as the minutes have room for, by a few of each context."""
-    seconds = 0.0
+) -> tuple[float, float]:
+    """Seconds of a step and of a held-out loss, each summed over the contexts, by a few of each."""
+    longest, total, held_out = max(settings.contexts), 0.0, 0.0
     for context in settings.contexts:
-        recipe = settings.recipe(context, 1 + _PROBE_STEPS, corpus.tokenizer.vocab_size)
-        run = Run(recipe, "fastattn", settings.seed, corpus, windows[context][:1])
+        recipe = settings.recipe(context, 2 + _PROBE_STEPS, corpus.tokenizer.vocab_size, evaluations=1)
+        run = Run(recipe, "fastattn", settings.seed, corpus, windows[context][: recipe.batch])
         run.step()
-        warm = run.curve.seconds
+        run.evaluate()
+        warm, evaluated = run.curve.seconds, run.curve.held_out_seconds
         for _ in range(_PROBE_STEPS):
             run.step()
         step = (run.curve.seconds - warm) / _PROBE_STEPS
-        seconds += step
-        say(f"context {context:,}: {max(settings.contexts) / step:,.0f} tokens/s")
-    return max(1, int(_SHARE * 60 * settings.minutes / seconds))
+        run.evaluate()
+        stretches = len(windows[context]) // recipe.batch
+        evaluation = stretches * (run.curve.held_out_seconds - evaluated)
+        total, held_out = total + step, held_out + evaluation
+        say(f"context {context:,}: {longest / step:,.0f} tokens/s, {evaluation:.1f} s a held-out loss")
+    return total, held_out
+
+
+def plan(seconds: float, step: float, evaluation: float) -> tuple[int, int]:
+    """How many steps and held-out losses there is time for at each context; at least one of both.
+
+    Args:
+        seconds: for all.
+        step: seconds of a step at every context.
+        evaluation: of a held-out loss at every context.
+
+    Example:
+        >>> plan(1000.0, 4.0, 5.0), plan(1000.0, 4.0, 50.0)
+        ((220, 8), (205, 2))
+    """
+    evaluations = min(_EVALUATIONS, max(1, int(_EVALUATION_SHARE * seconds / evaluation)))
+    return max(1, int((_SHARE * seconds - evaluations * evaluation) / step)), evaluations
 
 
 def result_of(
@@ -218,6 +261,8 @@ def result_of(
                 "steps": len(curve.losses),
                 "tokens": len(curve.losses) * recipe.batch * context,
                 "held_out_loss": curve.held_out[last],
+                "standard_error": standard_error(curve.parts) if len(curve.parts) > 1 else None,
+                "parts": curve.parts,
                 "held_out": {
                     str(step * recipe.batch * context): loss for step, loss in curve.held_out.items()
                 },
@@ -243,25 +288,63 @@ def result_of(
         "versions": versions(),
         "rows": rows,
     }
-    return result | {"verdict": verdict(rows)}
+    found = differences(rows)
+    return result | {"differences": found, "verdict": verdict(rows, found, settings.seed)}
 
 
-def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The outcome in a sentence.
+def differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of the last held-out losses of any two contexts that were trained to the end, on the same stretches.
+
+    Returns:
+        ``contexts`` (two), ``difference`` (the second's loss less the first's), ``standard_error`` (over the
+        stretches, paired) and ``beyond`` (whether the difference is more than twice that); none of one
+        stretch.
 
     Example:
-        >>> verdict([{"context": 256, "held_out_loss": 1.5, "finished": True},
-        ...          {"context": 1024, "held_out_loss": 1.4, "finished": True}])
-        'At the same tokens the held-out loss is lowest at 1,024 tokens (1.4000), 0.1000 below that at 256.'
+        >>> rows = [{"context": 8, "finished": True, "parts": [1.5, 1.7]},
+        ...         {"context": 16, "finished": True, "parts": [1.25, 1.5]}]
+        >>> [(one["contexts"], round(one["difference"], 3), one["beyond"]) for one in differences(rows)]
+        [((8, 16), -0.225, True)]
     """
+    found = []
+    for one, other in combinations([row for row in rows if row["finished"] and len(row["parts"]) > 1], 2):
+        pairs = [b - a for a, b in zip(one["parts"], other["parts"], strict=True)]
+        mean, error = statistics.fmean(pairs), standard_error(pairs)
+        found.append(
+            {
+                "contexts": (one["context"], other["context"]),
+                "difference": mean,
+                "standard_error": error,
+                "beyond": abs(mean) > _BEYOND * error,
+            }
+        )
+    return found
+
+
+def verdict(rows: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]], seed: int) -> str:
+    """The outcome in a few sentences: what is beyond the spread of the stretches, and what is not."""
     done = [row for row in rows if row["finished"]]
     if len(done) < 2:
         return "Fewer than two contexts were trained: nothing to compare."
-    best, first = min(done, key=lambda row: row["held_out_loss"]), done[0]
-    text = f"At the same tokens the held-out loss is lowest at {best['context']:,} tokens "
-    gain = first["held_out_loss"] - best["held_out_loss"]
-    text += f"({best['held_out_loss']:.4f})"
-    return text + ("." if best is first else f", {gain:.4f} below that at {first['context']:,}.")
+    losses = ", ".join(f"{row['held_out_loss']:.3f} at {row['context']:,}" for row in done)
+    text = f"Held-out loss by context after {done[0]['tokens']:,} tokens each: {losses}. "
+    if not found:
+        return text + "They are of one stretch of text, so that what they differ by is not told from chance."
+    beyond, rest = [], []
+    for one in found:
+        short, long = one["contexts"]
+        low, high = (long, short) if one["difference"] < 0 else (short, long)
+        spread = f"{abs(one['difference']):.3f} ± {one['standard_error']:.3f}"
+        if one["beyond"]:
+            beyond.append(f"{low:,} is below {high:,} by {spread}")
+        else:
+            rest.append(f"{short:,} and {long:,} ({spread})")
+    if beyond:
+        text += f"Beyond twice the standard error over {len(done[0]['parts'])} held-out stretches: "
+        text += "; ".join(beyond) + ". "
+    if rest:
+        text += f"Not told apart: {'; '.join(rest)}. "
+    return text + f"All of one seed, {seed}: how far another would move them is not in these errors."
 
 
 def loss_table(result: Mapping[str, Any]) -> str:
@@ -270,6 +353,7 @@ def loss_table(result: Mapping[str, Any]) -> str:
         [
             f"{row['context']:,}",
             f"{row['held_out_loss']:.4f}",
+            "" if row["standard_error"] is None else f"± {row['standard_error']:.4f}",
             f"{row['losses'][-1]:.4f}",
             f"{row['tokens']:,}",
             f"{row['tokens_per_second']:,.0f}",
@@ -277,7 +361,16 @@ def loss_table(result: Mapping[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]
-    return table(["context", "held-out loss", "last training loss", "tokens", "tokens/s", "minutes"], lines)
+    head = [
+        "context",
+        "held-out loss",
+        "standard error",
+        "last training loss",
+        "tokens",
+        "tokens/s",
+        "minutes",
+    ]
+    return table(head, lines)
 
 
 def write_report(result: Mapping[str, Any], folder: Path) -> None:
@@ -298,6 +391,9 @@ def write_report(result: Mapping[str, Any], folder: Path) -> None:
             f"{result['data']['tokenizer']} tokens, {max(settings['contexts']):,} a step at every context",
             "held out: whole documents, the same tokens for all contexts, in windows of each one's own, end "
             "to end: the first tokens of a window have little before them, which costs short windows most",
+            f"at most {settings['held_out']} stretches of {max(settings['contexts']):,} tokens, spread over "
+            "the held-out documents; a context's standard error is over them, that of a difference over the "
+            "differences on each",
             f"{result['machine']['gpu'] or result['machine']['cpu']}, {result['machine']['threads']} "
             f"threads, torch {result['versions']['torch']}",
             f"{result['started']}, {result['seconds'] / 60:.1f} minutes"
