@@ -21,9 +21,9 @@ HERE = Path(__file__).resolve().parent
 # Minutes each: they run where they are named, by `--op` or by their folder, or with `--all-cases`.
 LONG = ("compiler", "gpt2")
 # Where nothing is named, so many cases of each suite are run: a look at every operation in a few minutes.
-FIRST, FIRST_OF = 2, {"test_peers.py": 9}
-# The benchmarks of a GPU alone, and those of whatever device is asked for; all others measure the CPU.
-ON_A_GPU, ON_EITHER = ("test_gpu.py",), ("test_peers.py",)
+FIRST, FIRST_OF = 2, {"test_peers.py": 11}
+# The benchmarks of whatever device is asked for; all others measure the CPU.
+ON_EITHER = ("test_peers.py",)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -119,8 +119,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_wanted(config: pytest.Config, item: pytest.Item) -> bool:
     device = config.getoption("--device")
-    on_a_gpu = item.path.name in ON_A_GPU
-    if device is not None and item.path.name not in ON_EITHER and on_a_gpu != (device == "cuda"):
+    if device == "cuda" and item.path.name not in ON_EITHER:
         return False
     case = getattr(item, "callspec", None) and item.callspec.params.get("case")
     if case is None:

@@ -9,7 +9,6 @@ import importlib
 import math
 import operator
 import platform
-from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
@@ -18,30 +17,11 @@ from torch.nn.attention import SDPBackend
 
 from fastattn.gpu_check import peers
 from fastattn.gpu_check.machine import version
-from fastattn.gpu_check.peers import OURS, Attention, Inputs, Make, sdpa
+from fastattn.gpu_check.peers import ON_GPUS, OURS, Attention, Inputs, Peer
 from fastattn.gpu_check.report import Absent
 
-KINDS = ("causal", "full", "dropout", "window", "alibi", "documents")
 LOOP_LENGTH = 64
 HF_KERNELS = "kernels-community/flash-attn2"
-
-
-@dataclass(frozen=True)
-class Peer:
-    """One implementation of attention.
-
-    Attributes:
-        make: of a problem's inputs, the call; raises `Absent` for what it has not.
-        how: what its users write.
-        can: the kinds of problems it has of its own; others are made of a dense mask where it takes one.
-        forward, backward: the devices on which it has them.
-    """
-
-    make: Make
-    how: str
-    can: tuple[str, ...] = KINDS
-    forward: tuple[str, ...] = ("cpu", "cuda")
-    backward: tuple[str, ...] = ("cpu", "cuda")
 
 
 def python_loop(inputs: Inputs, backend: str) -> Attention:
@@ -49,8 +29,6 @@ def python_loop(inputs: Inputs, backend: str) -> Attention:
     case = inputs.case
     if case.length > LOOP_LENGTH:
         raise Absent(f"a Python loop is raced up to length {LOOP_LENGTH} alone")
-    if case.kind not in ("causal", "full"):
-        raise Absent(f"the Python loop has no {case.kind}")
     causal = case.kind == "causal"
 
     def one_head(q: list[list[float]], k: list[list[float]], v: list[list[float]]) -> list[list[float]]:
@@ -67,7 +45,7 @@ def python_loop(inputs: Inputs, backend: str) -> Attention:
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = zip(*(x.detach().flatten(0, 1).tolist() for x in (q, k, v)), strict=True)
-        return torch.tensor([one_head(*head) for head in heads], dtype=q.dtype).view(q.shape)
+        return torch.tensor([one_head(*head) for head in heads], dtype=q.dtype).view(*q.shape[:3], -1)
 
     return attention
 
@@ -79,8 +57,6 @@ def hf_kernels(inputs: Inputs, backend: str) -> Attention:
         kernels, hub = importlib.import_module("kernels"), importlib.import_module("huggingface_hub")
     except ImportError as error:
         raise Absent(f"kernels is not installed ({error})") from error
-    if case.kind not in PEERS["HF kernels"].can:
-        raise Absent(f"{HF_KERNELS}: {case.kind} is not raced with it")
     try:
         with patch.object(hub.constants, "HF_HUB_OFFLINE", True):
             found = kernels.get_kernel(HF_KERNELS)
@@ -90,55 +66,23 @@ def hf_kernels(inputs: Inputs, backend: str) -> Attention:
     return peers.heads_last(found.flash_attn_func, causal=case.kind != "full", **options)
 
 
-_SDPA = "F.scaled_dot_product_attention(q, k, v, is_causal=True)"
-_GPU = {"forward": ("cuda",), "backward": ("cuda",)}
-_SIMPLE = ("causal", "full", "dropout")
-_NO_DROPOUT = tuple(kind for kind in KINDS if kind != "dropout")
-_DAO = ("causal", "full", "window", "documents")
-
-
-def _of_gpu_check(name: str, how: str, can: tuple[str, ...] = KINDS, **devices: tuple[str, ...]) -> Peer:
-    return Peer(peers.PEERS[name], how, can, **devices)
-
-
 PEERS: dict[str, Peer] = {
-    OURS: _of_gpu_check(OURS, "fastattn.attention(q, k, v, mask=fastattn.causal())"),
-    "naive": _of_gpu_check("naive", "softmax(q @ k.mT * scale + mask) @ v"),
-    "naive compiled": _of_gpu_check("naive compiled", "torch.compile(naive)"),
-    "sdpa default": _of_gpu_check("sdpa default", _SDPA, _SIMPLE),
-    "sdpa math": Peer(sdpa(SDPBackend.MATH), f"sdpa_kernel(MATH): {_SDPA}", _SIMPLE),
-    "sdpa flash": _of_gpu_check("sdpa flash", f"sdpa_kernel(FLASH_ATTENTION): {_SDPA}", _SIMPLE),
-    "sdpa efficient": _of_gpu_check(
-        "sdpa efficient", f"sdpa_kernel(EFFICIENT_ATTENTION): {_SDPA}", _SIMPLE, **_GPU
-    ),
-    "sdpa cudnn": _of_gpu_check("sdpa cudnn", f"sdpa_kernel(CUDNN_ATTENTION): {_SDPA}", _SIMPLE, **_GPU),
-    "flex compiled": _of_gpu_check(
-        "flex compiled",
-        "torch.compile(flex_attention)(q, k, v, block_mask=create_block_mask(...))",
-        _NO_DROPOUT,
-        backward=("cuda",),
-    ),
-    "flash-attn 2": _of_gpu_check("flash-attn 2", "flash_attn.flash_attn_func(q, k, v, causal=True)", **_GPU),
-    "flash-attn 3": _of_gpu_check(
-        "flash-attn 3", "flash_attn_interface.flash_attn_func(q, k, v, causal=True)", _DAO, **_GPU
-    ),
-    "flash-attn 4": _of_gpu_check(
-        "flash-attn 4", "flash_attn.cute.flash_attn_func(q, k, v, causal=True)", _DAO, **_GPU
-    ),
-    "xformers": _of_gpu_check(
-        "xformers",
-        "xformers.ops.memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask())",
-        (*_SIMPLE, "window"),
-        **_GPU,
-    ),
+    **peers.PEERS,
+    "sdpa math": peers.forced(SDPBackend.MATH),
     "HF kernels": Peer(
         hf_kernels,
         f'kernels.get_kernel("{HF_KERNELS}").flash_attn_func(q, k, v, causal=True)',
-        _SIMPLE,
-        **_GPU,
+        ("causal", "full", "dropout"),
+        wide=False,
+        **ON_GPUS,
     ),
     "python loop": Peer(
-        python_loop, "three nested loops over floats", ("causal", "full"), forward=("cpu",), backward=()
+        python_loop,
+        "three nested loops over floats",
+        ("causal", "full"),
+        grouped=False,
+        forward=("cpu",),
+        backward=(),
     ),
 }
 # What is raced where nothing else is asked for. On a CPU torch has one fused kernel, which is its default;
@@ -164,7 +108,7 @@ OTHERS = {
 }
 
 
-def chosen(names: str | None, device: str, every: bool = False) -> dict[str, Make]:
+def chosen(names: str | None, device: str, every: bool = False) -> dict[str, Peer]:
     """The peers to race, ours first.
 
     Args:
@@ -182,7 +126,7 @@ def chosen(names: str | None, device: str, every: bool = False) -> dict[str, Mak
     unknown = [name for name in wanted if name not in PEERS]
     if unknown:
         raise ValueError(f"expected peers among {', '.join(PEERS)}; got {', '.join(unknown)}")
-    return {name: PEERS[name].make for name in PEERS if name in wanted}
+    return {name: peer for name, peer in PEERS.items() if name in wanted}
 
 
 def version_of(name: str) -> str:
@@ -195,9 +139,10 @@ def version_of(name: str) -> str:
 
 def main() -> None:
     """Print the table, in Markdown."""
-    print("| peer | here | kinds | forward | backward | called as |\n|---|---|---|---|---|---|")
+    print("| peer | here | problems | forward | backward | called as |\n|---|---|---|---|---|---|")
     for name, peer in PEERS.items():
-        words = (", ".join(x) or "none" for x in (peer.can, peer.forward, peer.backward))
+        more = [word for word, has in (("grouped heads", peer.grouped), ("v_dim", peer.wide)) if has]
+        words = (", ".join(x) or "none" for x in ((*peer.can, *more), peer.forward, peer.backward))
         print(f"| {name} | {version_of(name) or 'no'} | {' | '.join(words)} | `{peer.how}` |")
     for op, others in OTHERS.items():
         for name, path in others.items():

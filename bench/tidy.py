@@ -36,12 +36,14 @@ class Run:
 
     Attributes:
         ceilings: gflops of ``fma`` and gb_per_s of ``copy``, once they were measured.
+        races: how many there were.
     """
 
     def __init__(self) -> None:
         self.suite, self.device, self.folder = "", "cpu", rows.RESULTS / "runs"
         self.file: Rows | None = None
         self.ceilings: dict[str, float] = {}
+        self.races = 0
 
     def begin(self, suite: str, device: str, folder: Path | None) -> None:
         """Say what is run, where, and in which folder its rows go."""
@@ -53,6 +55,11 @@ class Run:
         if self.file is None:
             self.file = rows.start_run(self.suite or "bench", self.device, self.folder)
         return self.file.add(self._with_rates(dict(row)))
+
+    def next_race(self) -> int:
+        """A number for the column ``race`` of rows that are timed in turns with each other."""
+        self.races += 1
+        return self.races
 
     def _with_rates(self, row: dict[str, Any]) -> dict[str, Any]:
         p50 = row.get("p50_ms")

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 import fastattn
-from bench.attention.cases import kernel_of
 from bench.attention.features import DIM, HEADS, RACES, SHORT, SWEEPS, Attention, Race
 from bench.rows import Clock, append, percentiles, where
 from fastattn import _backends
+from fastattn.gpu_check.machine import Machine, kernels_of
 from fastattn.testing import assert_within_budget, attention_errors
 
 CLOCK = Clock()
@@ -115,10 +115,9 @@ def test_features(benchmark: Any, feature: str, length: int | None, seconds: flo
     q = race.leaves[0]
     dout = torch.randn(1, HEADS, q.shape[2], DIM, generator=torch.Generator().manual_seed(3))
     samples = interleaved({name: timed(f, race.leaves, dout) for name, f in functions.items()}, seconds)
-    ours = percentiles(samples["fastattn"])[1]
+    ours, machine = percentiles(samples["fastattn"])[1], Machine(dry_run=False, device="cpu")
     for name, taken in samples.items():
-        by_fastattn = name.startswith("fastattn")
-        kernel = "cpu" if by_fastattn else kernel_of(lambda f=functions[name]: f(*race.leaves))
+        kernel = kernels_of(machine, lambda f=functions[name]: f(*race.leaves).backward(dout))
         row = where() | {
             "feature": feature,
             "dtype": "float32",

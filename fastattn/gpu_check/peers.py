@@ -22,14 +22,23 @@ from fastattn.ops.attention.masks import as_mask
 Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+# Attention under a mask by rule, with dropout or ALiBi, and under a bool tensor.
+KINDS: Final = ("causal", "full", "dropout", "window", "alibi", "documents", "tril", "bool")
+_SIMPLE: Final = ("causal", "full", "dropout")
+_TENSORS: Final = ("tril", "bool")
+
+
 @dataclass(frozen=True)
 class Case:
     """One problem, self-attention of `heads` heads.
 
     Attributes:
         kind: ``causal``, ``full``, ``dropout`` (causal), ``window`` (causal, of `window` keys), ``alibi``
-            (causal) or ``documents`` (eight of one length, each causal).
+            (causal), ``documents`` (eight of one length, each causal), or a bool tensor [1, 1, L, L]:
+            ``tril`` (causal) or ``bool`` (random, three in four kept).
         training: whether backward is timed as well.
+        kv_heads: of keys and values; as `heads` if not given.
+        v_dim: the size of a head of v and out; as `dim` if not given.
     """
 
     kind: str
@@ -42,18 +51,34 @@ class Case:
     window: int = 512
     dropout: float = 0.1
     count: int = 8
+    kv_heads: int = 0
+    v_dim: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        object.__setattr__(self, "v_dim", self.v_dim or self.dim)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """How many heads there are, and their size, of q, k, v and out."""
+        kv = ((self.kv_heads, self.dim), (self.kv_heads, self.v_dim))
+        return ((self.heads, self.dim), *kv, (self.heads, self.v_dim))
 
     @property
     def name(self) -> str:
         extra = {"window": f" {self.window}", "dropout": f" {self.dropout}", "documents": f" {self.count}"}
-        return f"{self.kind}{extra.get(self.kind, '')}, D {self.dim}, L {self.length}"
+        heads = f", H {self.heads}:{self.kv_heads}" if self.kv_heads != self.heads else ""
+        dim = f"{self.dim}x{self.v_dim}" if self.v_dim != self.dim else f"{self.dim}"
+        return f"{self.kind}{extra.get(self.kind, '')}{heads}, D {dim}, L {self.length}"
 
     @property
     def pairs(self) -> float:
         """Of query and key that attend, in one head; half of all for causal, as papers count."""
-        n, w = self.length, self.window
+        n, w = self.length, min(self.window, self.length)
         if self.kind == "full":
             return n * n
+        if self.kind == "bool":
+            return 0.75 * n * n
         if self.kind == "window":
             return w * n - w * (w - 1) / 2
         if self.kind == "documents":
@@ -62,9 +87,9 @@ class Case:
 
     def flops(self, passes: str) -> float:
         """Of the two matrix products forward and five backward."""
-        return {"forward": 1, "backward": 2.5, "both": 3.5}[passes] * (
-            4 * self.pairs * self.dim * self.heads * self.batch
-        )
+        forward, backward = 2 * (self.dim + self.v_dim), 2 * (3 * self.dim + 2 * self.v_dim)
+        of_pair = {"forward": forward, "backward": backward, "both": forward + backward}[passes]
+        return of_pair * self.pairs * self.heads * self.batch
 
 
 class Inputs:
@@ -80,10 +105,12 @@ class Inputs:
         self.case, self.device = case, device
         self.compiles = device.type != "cpu" if compiles is None else compiles
         g = torch.Generator(device).manual_seed(0)
-        shape = (case.batch, case.length, case.heads, case.dim)
         # as a model's projections leave them
         self.q, self.k, self.v, self.dout = (
-            torch.randn(shape, generator=g, device=device).to(case.dtype).transpose(1, 2) for _ in range(4)
+            torch.randn(case.batch, case.length, *shape, generator=g, device=device)
+            .to(case.dtype)
+            .transpose(1, 2)
+            for shape in case.shapes
         )
         self.leaves = [x.requires_grad_() for x in (self.q, self.k, self.v)]
         self.slopes = 2.0 ** (-8 / case.heads * torch.arange(1, case.heads + 1, device=device))
@@ -97,6 +124,8 @@ class Inputs:
         case = self.case
         if case.kind == "full":
             return {}
+        if case.kind in _TENSORS:
+            return {"mask": self.keep}
         if case.kind == "window":
             return {"mask": fastattn.sliding_window(case.window - 1, 0)}
         if case.kind == "documents":
@@ -119,8 +148,19 @@ class Inputs:
         return found if keep is None else found.masked_fill(~keep, float("-inf"))
 
     @cached_property
+    def keep(self) -> Tensor:
+        """The mask that is a bool tensor, [1, 1, L, L]."""
+        shape = (1, 1, self.case.length, self.case.length)
+        if self.case.kind == "tril":
+            return torch.ones(shape, dtype=torch.bool, device=self.device).tril()
+        g = torch.Generator(self.device).manual_seed(1)
+        return torch.rand(shape, generator=g, device=self.device) < 0.75
+
+    @cached_property
     def hidden(self) -> Tensor:
-        """bool [L, L], True above the diagonal: what model code has in a buffer."""
+        """bool, True where nothing attends: what model code has in a buffer."""
+        if self.case.kind in _TENSORS:
+            return ~self.keep
         length = self.case.length
         return torch.ones(length, length, dtype=torch.bool, device=self.device).triu(1)
 
@@ -144,14 +184,16 @@ def ours(inputs: Inputs, backend: str) -> Attention:
 def sdpa(which: SDPBackend | None) -> Make:
     def make(inputs: Inputs, backend: str) -> Attention:
         case = inputs.case
-        simple = case.kind in ("causal", "full", "dropout")
-        options: dict[str, Any] = {"is_causal": case.kind != "full"} if simple else {}
+        options: dict[str, Any] = {"enable_gqa": True} if case.kv_heads != case.heads else {}
+        if case.kind in _SIMPLE:
+            options["is_causal"] = case.kind != "full"
+        else:
+            options["attn_mask"] = inputs.keep if case.kind in _TENSORS else inputs.additive
         if case.kind == "dropout":
             options["dropout_p"] = case.dropout
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            mask = None if simple else inputs.additive
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+            return F.scaled_dot_product_attention(q, k, v, **options)
 
         def forced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             assert which is not None
@@ -166,11 +208,13 @@ def sdpa(which: SDPBackend | None) -> Make:
 def naive(inputs: Inputs, backend: str) -> Attention:
     """The equation, as model code writes it."""
     case = inputs.case
-    scale = case.dim**-0.5
-    hidden = inputs.hidden if case.kind in ("causal", "dropout") else None
+    scale, group = case.dim**-0.5, case.heads // case.kv_heads
+    hidden = inputs.hidden if case.kind in ("causal", "dropout", *_TENSORS) else None
     added = None if hidden is not None or case.kind == "full" else inputs.additive
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if group > 1:
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         scores = q @ k.transpose(-1, -2) * scale
         if hidden is not None:
             scores = scores.masked_fill(hidden, float("-inf"))
@@ -191,11 +235,12 @@ def flex(inputs: Inputs, backend: str) -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: PLC0415
 
     case, slopes = inputs.case, inputs.slopes
-    if case.kind == "dropout":
-        raise Absent("FlexAttention has no dropout")
+    kept = inputs.keep[0, 0] if case.kind in _TENSORS else None
     size = case.length // case.count
 
     def keep(b: Any, h: Any, i: Any, j: Any) -> Any:
+        if kept is not None:
+            return kept[i, j]
         if case.kind == "window":
             return (i >= j) & (i - j < case.window)
         if case.kind == "documents":
@@ -205,7 +250,6 @@ def flex(inputs: Inputs, backend: str) -> Attention:
     def add(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
         return score - slopes[h] * (i - j)
 
-    on_cpu = inputs.device.type == "cpu"
     length = case.length
     mask = (
         None
@@ -213,11 +257,13 @@ def flex(inputs: Inputs, backend: str) -> Attention:
         else create_block_mask(keep, None, None, length, length, device=str(inputs.device))
     )
     function: Any = torch.compile(flex_attention, dynamic=False) if inputs.compiles else flex_attention
-    change = add if case.kind == "alibi" else None
-    if on_cpu:
+    options: dict[str, Any] = {"score_mod": add if case.kind == "alibi" else None, "block_mask": mask}
+    if case.kv_heads != case.heads:
+        options["enable_gqa"] = True
+    if inputs.device.type == "cpu":
         # it has a gradient only on GPUs
-        return lambda q, k, v: function(q.detach(), k.detach(), v.detach(), score_mod=change, block_mask=mask)
-    return lambda q, k, v: function(q, k, v, score_mod=change, block_mask=mask)
+        return lambda q, k, v: function(q.detach(), k.detach(), v.detach(), **options)
+    return lambda q, k, v: function(q, k, v, **options)
 
 
 def heads_last(function: Callable[..., Any], **options: Any) -> Attention:
@@ -253,8 +299,8 @@ def _packed(function: Callable[..., Any], inputs: Inputs, **options: Any) -> Att
     return attention
 
 
-def flash_attn(module: str, package: str, can: tuple[str, ...]) -> Make:
-    """Tri Dao's, of one generation; `can` are the kinds it has."""
+def flash_attn(module: str, package: str) -> Make:
+    """Tri Dao's, of one generation."""
 
     def make(inputs: Inputs, backend: str) -> Attention:
         case = inputs.case
@@ -262,8 +308,6 @@ def flash_attn(module: str, package: str, can: tuple[str, ...]) -> Make:
             found = importlib.import_module(module)
         except ImportError as error:
             raise Absent(f"{package} is not installed ({error})") from error
-        if case.kind not in can:
-            raise Absent(f"{package} has no {case.kind}")
         options: dict[str, Any] = {"causal": case.kind != "full"}
         if case.kind == "documents":
             return _packed(found.flash_attn_varlen_func, inputs, **options)
@@ -290,31 +334,103 @@ def xformers(inputs: Inputs, backend: str) -> Attention:
         options["attn_bias"] = kinds.LowerTriangularMask()
     elif case.kind == "window":
         options["attn_bias"] = kinds.LocalAttentionFromBottomRightMask(case.window - 1, 0)
-    elif case.kind != "full":
-        raise Absent(f"{case.kind}: not raced with xformers")
     if case.kind == "dropout":
         options["p"] = case.dropout
     return heads_last(ops.memory_efficient_attention, **options)
 
 
+@dataclass(frozen=True)
+class Peer:
+    """One implementation of attention, and what it is raced in.
+
+    Attributes:
+        make: of a problem's inputs and our backend, the call; raises `Absent` where it is not installed.
+        how: what its users write.
+        can: the kinds of problems.
+        grouped: whether keys may have fewer heads.
+        wide: whether v may have heads of another size.
+        forward, backward: the devices on which it has them.
+    """
+
+    make: Make
+    how: str
+    can: tuple[str, ...] = KINDS
+    grouped: bool = True
+    wide: bool = True
+    forward: tuple[str, ...] = ("cpu", "cuda")
+    backward: tuple[str, ...] = ("cpu", "cuda")
+
+    def lacks(self, case: Case) -> str | None:
+        """What of the case it has not; None where it has all."""
+        if case.kind not in self.can:
+            return f"has no {case.kind}" if case.kind not in _TENSORS else "takes no mask that is a tensor"
+        if case.kv_heads != case.heads and not self.grouped:
+            return "has no fewer heads of keys"
+        if case.v_dim != case.dim and not self.wide:
+            return "has no v of another head size"
+        return None
+
+    def refuses(self, device: str, whole: str) -> str | None:
+        """Why it does not run ``forward``, or ``both``, on a device; None where it does."""
+        found = self.forward if whole == "forward" else self.backward
+        what = "forward" if whole == "forward" else "backward"
+        return None if device in found else f"has no {what} on {device}"
+
+
 OURS: Final = "fastattn"
-PEERS: Final[dict[str, Make]] = {
-    OURS: ours,
-    "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
-    "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-    "sdpa efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
-    "sdpa default": sdpa(None),
-    "flex compiled": flex,
-    "naive": naive,
-    "naive compiled": naive_compiled,
-    "flash-attn 2": flash_attn(
-        "flash_attn", "flash-attn", ("causal", "full", "dropout", "window", "alibi", "documents")
+ON_GPUS: Final[dict[str, tuple[str, ...]]] = {"forward": ("cuda",), "backward": ("cuda",)}
+NO_DROPOUT: Final = tuple(kind for kind in KINDS if kind != "dropout")
+_DAO: Final = ("causal", "full", "window", "documents")
+_SDPA: Final = "F.scaled_dot_product_attention(q, k, v, is_causal=True)"
+
+
+def forced(backend: SDPBackend, **devices: tuple[str, ...]) -> Peer:
+    """torch's, on one kernel; what is not causal or full is a dense mask, which some refuse."""
+    return Peer(sdpa(backend), f"sdpa_kernel({backend.name}): {_SDPA}", **devices)
+
+
+PEERS: Final[dict[str, Peer]] = {
+    OURS: Peer(ours, "fastattn.attention(q, k, v, mask=fastattn.causal())"),
+    "sdpa flash": forced(SDPBackend.FLASH_ATTENTION),
+    "sdpa cudnn": forced(SDPBackend.CUDNN_ATTENTION, **ON_GPUS),
+    "sdpa efficient": forced(SDPBackend.EFFICIENT_ATTENTION, **ON_GPUS),
+    "sdpa default": Peer(sdpa(None), _SDPA),
+    "flex compiled": Peer(
+        flex,
+        "torch.compile(flex_attention)(q, k, v, block_mask=create_block_mask(...))",
+        NO_DROPOUT,
+        backward=("cuda",),
     ),
-    "flash-attn 3": flash_attn(
-        "flash_attn_interface", "flash-attn-3", ("causal", "full", "window", "documents")
+    "naive": Peer(naive, "softmax(q @ k.mT * scale + mask) @ v"),
+    "naive compiled": Peer(naive_compiled, "torch.compile(naive)"),
+    "flash-attn 2": Peer(
+        flash_attn("flash_attn", "flash-attn"),
+        "flash_attn.flash_attn_func(q, k, v, causal=True)",
+        (*_SIMPLE, "window", "alibi", "documents"),
+        wide=False,
+        **ON_GPUS,
     ),
-    "flash-attn 4": flash_attn("flash_attn.cute", "flash-attn-4", ("causal", "full", "window", "documents")),
-    "xformers": xformers,
+    "flash-attn 3": Peer(
+        flash_attn("flash_attn_interface", "flash-attn-3"),
+        "flash_attn_interface.flash_attn_func(q, k, v, causal=True)",
+        _DAO,
+        wide=False,
+        **ON_GPUS,
+    ),
+    "flash-attn 4": Peer(
+        flash_attn("flash_attn.cute", "flash-attn-4"),
+        "flash_attn.cute.flash_attn_func(q, k, v, causal=True)",
+        _DAO,
+        wide=False,
+        **ON_GPUS,
+    ),
+    "xformers": Peer(
+        xformers,
+        "xformers.ops.memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask())",
+        (*_SIMPLE, "window"),
+        grouped=False,
+        **ON_GPUS,
+    ),
 }
 _PACKAGES: Final = {
     "flash-attn 2": ("flash-attn",),

@@ -13,13 +13,21 @@ from torch import Tensor
 
 from fastattn.gpu_check.machine import Moment, kernels_of
 from fastattn.gpu_check.oracle import Truth, results
-from fastattn.gpu_check.peers import OURS, PEERS, Attention, Case, Inputs, Make, version_of
-from fastattn.gpu_check.report import Report, reraise_if_lost, status_of
+from fastattn.gpu_check.peers import OURS, PEERS, Attention, Case, Inputs, Peer, version_of
+from fastattn.gpu_check.report import Absent, Report, reraise_if_lost, status_of
 from fastattn.gpu_check.timing import Run, columns_of, interleaved
 
 # Implementations that take seconds before their first result.
 COMPILING: Final = (OURS, "flex compiled", "naive compiled", "flash-attn 4")
 PASSES: Final = ("forward", "backward", "both")
+# What torch and others say of a problem that they are not made for; any other failure of a peer is a failure.
+REFUSALS: Final = (
+    "No available kernel",
+    "not supported",
+    "not implemented",
+    "only support",
+    "No operator found",
+)
 # What is run, and the passes that are timed in it.
 WHOLES: Final = {"forward": ("forward",), "both": ("backward", "both")}
 # Batch times length is 16,384 and heads times head_dim 2,048.
@@ -60,7 +68,7 @@ class Runner:
 def race(
     report: Report,
     case: Case,
-    peers: Mapping[str, Make] = PEERS,
+    peers: Mapping[str, Peer] = PEERS,
     passes: Collection[str] = PASSES,
     checked_at: int | None = None,
 ) -> dict[str, list[float]]:
@@ -86,7 +94,7 @@ def race(
         "dtype": str(case.dtype).removeprefix("torch."),
         "batch": case.batch,
         "heads": case.heads,
-        "kv_heads": case.heads,
+        "kv_heads": case.kv_heads,
         "length": case.length,
         "head_dim": case.dim,
     }
@@ -118,36 +126,49 @@ def _checked(
     inputs: Inputs,
     sober: Inputs,
     columns: dict[str, Any],
-    peers: Mapping[str, Make],
+    peers: Mapping[str, Peer],
     passes: Collection[str],
 ) -> dict[str, Runner]:
     """Every implementation that is here, with the passes in which it is right; a row for each that is not."""
     machine, case = report.machine, inputs.case
     truth = Truth(sober)
     runners: dict[str, Runner] = {}
-    for name, make in peers.items():
+    for name, peer in peers.items():
         own = columns | {"implementation": name, "version": version_of(name)}
         if not report.enter(case.name, name, name):
             continue
         try:
-            runner = Runner(make(inputs, report.backend))
-            checked = make(sober, report.backend)
+            lacking = peer.lacks(case)
+            if lacking is not None:
+                raise Absent(lacking)
+            runner = Runner(peer.make(inputs, report.backend))
+            checked = peer.make(sober, report.backend)
         except Exception as failure:
             _say(report, own, passes, failure)
             continue
         runners[name] = runner
         for whole, parts in WHOLES.items():
             wanted = [one for one in parts if one in passes]
-            if not wanted:
+            refusal = peer.refuses(inputs.device.type, whole)
+            if refusal is not None:
+                _rows(report, own, wanted, "refused", refusal)
+            if refusal is not None or not wanted:
                 continue
             run = partial(results, runner.attention, inputs, whole == "both")
             try:
-                error = truth.check(results(checked, sober, whole == "both"))
+                found = results(checked, sober, whole == "both")
+                if sober is not inputs:
+                    run()  # what is compiled, or set up once, is not of what is measured next
                 runner.peaks[whole] = machine.peak_mb(run)
                 runner.kernels[whole] = kernels_of(machine, run)
-                runner.errors[whole] = error
             except Exception as failure:
                 _say(report, own, wanted, failure)
+            else:
+                try:
+                    runner.errors[whole] = truth.check(found)
+                except AssertionError as failure:
+                    _rows(report, own, wanted, *status_of(failure))
+                del found
             machine.free_bytes()  # what a failure has left
     return runners
 
@@ -159,16 +180,23 @@ def prepare(report: Report, case: Case) -> None:
         for training in (False, True):
             # Whatever goes wrong here does so again in the race, and is told there.
             with contextlib.suppress(Exception):
-                results(PEERS[name](inputs, report.backend), inputs, training)
+                results(PEERS[name].make(inputs, report.backend), inputs, training)
 
 
 def _say(report: Report, columns: dict[str, Any], passes: Iterable[str], failure: Exception) -> None:
+    """Rows of a call that did not end; an assertion of its own says nothing of a result."""
     status, note = status_of(failure)
-    if columns["implementation"] != OURS and status == "failed":
+    if status == "wrong":
+        status = "failed"
+    if columns["implementation"] != OURS and status == "failed" and any(word in note for word in REFUSALS):
         status = "refused"
+    _rows(report, columns, passes, status, note)
+    reraise_if_lost(failure)
+
+
+def _rows(report: Report, columns: dict[str, Any], passes: Iterable[str], status: str, note: str) -> None:
     for one in passes:
         report.row(**columns | {"passes": one, "status": status, "note": note})
-    reraise_if_lost(failure)
 
 
 def _time(

@@ -23,7 +23,7 @@ from fastattn.gpu_check import command, peers, processes, races
 from fastattn.gpu_check.goals import GOALS, tables, value_of, verdict
 from fastattn.gpu_check.machine import Machine
 from fastattn.gpu_check.oracle import Truth, one_head, results
-from fastattn.gpu_check.peers import Case, Inputs
+from fastattn.gpu_check.peers import Case, Inputs, Peer
 from fastattn.gpu_check.report import Report
 from fastattn.gpu_check.rows import COLUMNS, Rows
 from fastattn.gpu_check.steps import chosen, steps
@@ -339,19 +339,26 @@ def test_samples_take_turns() -> None:
     }
 
 
-KINDS = ("causal", "full", "window", "alibi", "documents")
+PROBLEMS = {
+    **{kind: Case(kind, 2, 4, 40, 8, torch.float32, window=7, count=4) for kind in peers.KINDS},
+    "grouped": Case("alibi", 2, 4, 40, 8, torch.float32, kv_heads=2),
+    "wide": Case("window", 2, 4, 40, 8, torch.float32, window=7, kv_heads=2, v_dim=16),
+}
+del PROBLEMS["dropout"]  # which each draws in its own way
+problems = pytest.mark.parametrize("case", PROBLEMS.values(), ids=list(PROBLEMS))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_oracle_is_the_reference(kind: str) -> None:
-    case = Case(kind, 2, 3, 40, 8, dtype=torch.float32, window=7, count=4)
+@problems
+def test_oracle_is_the_reference(case: Case) -> None:
     inputs = Inputs(case, torch.device("cpu"))
     leaves = [x.detach().double().requires_grad_() for x in inputs.leaves]
     out = fastattn.attention(*leaves, backend="reference", **inputs.options)
     assert isinstance(out, Tensor)
-    want = [out, *torch.autograd.grad(out, leaves, inputs.dout.double())]
-    for a, b in zip(one_head(inputs, 1, 2, torch.float64), want, strict=True):
-        torch.testing.assert_close(a, b[1, 2].detach(), atol=1e-12, rtol=1e-12)
+    want = [out.detach(), *torch.autograd.grad(out, leaves, inputs.dout.double())]
+    last, group = case.kv_heads - 1, case.heads // case.kv_heads
+    want = [x[1, -group:] if x.shape[1] == case.heads and i < 2 else x[1, last] for i, x in enumerate(want)]
+    for a, b in zip(one_head(inputs, 1, last, torch.float64), want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
 def test_oracle_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,20 +370,31 @@ def test_oracle_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["fastattn", "sdpa default", "sdpa flash", "naive"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_peers_compute_the_same(kind: str, name: str) -> None:
+@problems
+def test_peers_compute_the_same(case: Case, name: str) -> None:
     """What is raced is one problem, whoever solves it."""
-    inputs = Inputs(Case(kind, 1, 2, 32, 16, dtype=torch.float32, window=5, count=4), torch.device("cpu"))
-    found = results(peers.PEERS[name](inputs, "reference"), inputs, True)
+    inputs = Inputs(case, torch.device("cpu"))
+    try:
+        found = results(peers.PEERS[name].make(inputs, "reference"), inputs, True)
+    except RuntimeError as refusal:
+        assert name == "sdpa flash" and case.v_dim != case.dim
+        assert any(word in str(refusal) for word in races.REFUSALS)
+        return
     assert Truth(inputs).check(found) <= 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_flex_attention_computes_the_same(kind: str) -> None:
-    inputs = Inputs(Case(kind, 1, 2, 32, 16, dtype=torch.float32, window=5, count=4), torch.device("cpu"))
-    found = results(peers.PEERS["flex compiled"](inputs, "reference"), inputs, False)
+@problems
+def test_flex_attention_computes_the_same(case: Case) -> None:
+    inputs = Inputs(case, torch.device("cpu"))
+    found = results(peers.PEERS["flex compiled"].make(inputs, "reference"), inputs, False)
     assert Truth(inputs).check(found) <= 1
+
+
+def test_a_dense_mask_is_made_before_the_call() -> None:
+    inputs = Inputs(PROBLEMS["window"], torch.device("cpu"))
+    peers.PEERS["sdpa default"].make(inputs, "reference")
+    assert "additive" in vars(inputs)
 
 
 def flash_attn(kinds: dict[str, Any]) -> Any:
@@ -405,12 +423,12 @@ def flash_attn(kinds: dict[str, Any]) -> Any:
     return Module
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["causal", "full", "window", "alibi", "documents"])
 def test_flash_attn_is_called_as_it_wants(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: dict[str, Any] = {}
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(calls))
     inputs = Inputs(Case(kind, 2, 2, 32, 16, dtype=torch.float32, window=5, count=4), torch.device("cpu"))
-    found = results(peers.PEERS["flash-attn 2"](inputs, "reference"), inputs, True)
+    found = results(peers.PEERS["flash-attn 2"].make(inputs, "reference"), inputs, True)
     assert Truth(inputs).check(found) <= 1
     assert list(calls) == ["packed" if kind == "documents" else "plain"]
 
@@ -420,15 +438,7 @@ def test_a_wrong_result_is_not_timed() -> None:
         right = peers.naive(inputs, backend)
         return lambda q, k, v: right(q, k, v) * 1.01
 
-    def slow_to_say(inputs: Inputs, backend: str) -> peers.Attention:
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if q.requires_grad and torch.is_grad_enabled():
-                raise RuntimeError("no backward here")
-            return peers.naive(inputs, backend)(q, k, v)
-
-        return attention
-
-    table = {"fastattn": peers.ours, "wrong": wrong, "forward only": slow_to_say}
+    table = {"fastattn": Peer(peers.ours, ""), "wrong": Peer(wrong, "")}
     report = Kept()
     ours = races.race(report, races.CASES["causal D64 1k"], table)
     assert set(ours) == {"forward", "backward", "both"}
@@ -438,8 +448,51 @@ def test_a_wrong_result_is_not_timed() -> None:
         assert found["wrong", passes]["status"] == "wrong"
         assert "over budget" in found["wrong", passes]["note"]
         assert "p50_ms" not in found["wrong", passes]
-    assert found["forward only", "forward"]["status"] == "ok"
-    assert found["forward only", "both"]["status"] == "refused"
+
+
+def raising(failure: Exception) -> peers.Make:
+    """An implementation whose forward, where a gradient is wanted, ends in `failure`."""
+
+    def make(inputs: Inputs, backend: str) -> peers.Attention:
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                raise failure
+            return peers.naive(inputs, backend)(q, k, v)
+
+        return attention
+
+    return make
+
+
+def test_what_a_peer_ends_with_has_its_word() -> None:
+    never = raising(AssertionError("was run"))
+    table = {
+        "refuses": Peer(raising(RuntimeError("No available kernel. Aborting execution.")), ""),
+        "crashes": Peer(raising(RuntimeError("index out of range")), ""),
+        "asserts": Peer(raising(AssertionError("expected bfloat16")), ""),
+        "lacks": Peer(never, "", can=("full",)),
+        "elsewhere": Peer(never, "", backward=("cuda",)),
+        "fastattn": Peer(raising(RuntimeError("not supported")), ""),
+    }
+    report = Kept()
+    races.race(report, races.CASES["causal D64 1k"], table)
+    found = {(row["implementation"], row["passes"]): row["status"] for row in report.rows}
+    words = {"refuses": "refused", "crashes": "failed", "asserts": "failed", "elsewhere": "refused"}
+    for name, word in (words | {"fastattn": "failed"}).items():
+        assert [found[name, which] for which in races.PASSES] == ["ok", word, word], name
+    notes = {row["note"] for row in report.rows if row["implementation"] == "lacks"}
+    assert notes == {"has no causal"} and found["lacks", "forward"] == "absent"
+    assert "has no backward on cpu" in {row["note"] for row in report.rows}
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [({"kv_heads": 1}, "fewer heads"), ({"v_dim": 8}, "another head size"), ({"kind": "bool"}, "a tensor")],
+)
+def test_what_a_peer_lacks(more: dict[str, Any], why: str) -> None:
+    case, peer = Case("causal", 1, 2, 32, 16), Peer(peers.naive, "", ("causal",), grouped=False, wide=False)
+    assert peer.lacks(case) is None
+    assert why in str(peer.lacks(dataclasses.replace(case, **more)))
 
 
 def test_our_own_wrong_result_ends_in_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -503,8 +556,11 @@ def test_flops_by_the_usual_formula() -> None:
     case = Case("causal", 2, 3, 64, 16)
     assert case.flops("forward") == 4 * 64 * 64 * 16 * 3 * 2 / 2
     assert case.flops("both") == 3.5 * case.flops("forward")
-    window = Case("window", 1, 1, 64, 16, window=64)
-    assert window.pairs == 64 * 65 / 2
+    for size in (64, 512):
+        assert Case("window", 1, 1, 64, 16, window=size).pairs == 64 * 65 / 2
+    wide = Case("full", 1, 1, 64, 16, v_dim=32)
+    assert wide.flops("forward") == 2 * 64 * 64 * (16 + 32)
+    assert wide.flops("backward") == 2 * 64 * 64 * (3 * 16 + 2 * 32)
     assert Case("documents", 1, 1, 64, 16, count=8).pairs == 8 * 8 * 8 / 2
 
 
