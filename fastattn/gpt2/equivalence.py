@@ -1,8 +1,9 @@
 """`fastattn compare training`: GPT-2 trained to a real held-out loss with standard attention and with ours.
 
-Rounding and the elements that dropout takes are other ones, so that the curves cannot be the same. What can
-be asked is whether ours are further from the standard's than seeds are from each other: Welch's interval for
-the difference of the means of the last held-out losses.
+Rounding and the elements that dropout takes are other ones, so that the curves cannot be the same. A seed
+has the same weights and batches in both, so that what is asked is how far the two of a seed are apart: the
+mean of these differences over the seeds, with its Student interval, against a margin that counts as none.
+Source: Schuirmann, "A comparison of the two one-sided tests procedure and the power approach", 1987.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from fastattn.gpt2.curves import Curve, Recipe, Run, held_out_windows
 from fastattn.gpt2.data import load_tokens
 from fastattn.gpt2.drawing import plots_of
 from fastattn.gpt2.options import check_device
+from fastattn.gpt2.spread import mean_interval
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 BASELINE: Final = "standard"
 OURS: Final = "fastattn"
-# Two-sided 95 % points of Student's t by degrees of freedom; above 30 the normal distribution's.
-_STUDENT: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_STUDENT_MANY: Final = ((12, 2.179), (15, 2.131), (20, 2.086), (30, 2.042))
-_NORMAL: Final = 1.960
+EQUIVALENT: Final = "equivalent"
+DIFFERENT: Final = "different"
+NOT_DECIDED: Final = "not decided"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Settings:
         seeds: runs of each implementation, with seeds 1, 2, …
         dropout: probability of all of GPT-2's dropouts.
         lr: the highest learning rate.
+        margin: the largest difference, in nats a token, that counts as none.
         evaluations: held-out losses of a run.
         held_out: windows of held-out text.
         dtype: "float32", or "bfloat16" for autocast.
@@ -65,6 +67,7 @@ class Settings:
     seeds: int = 3
     dropout: float = 0.1
     lr: float = 2e-3
+    margin: float = 0.02
     evaluations: int = 10
     held_out: int = 256
     dtype: str = "float32"
@@ -80,6 +83,8 @@ class Settings:
                 raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")
         if self.seeds < 2:
             raise ValueError(f"--seeds: expected at least 2, to tell the noise by, got {self.seeds}")
+        if self.margin <= 0:
+            raise ValueError(f"--margin: expected more than 0, got {self.margin}")
 
     def recipe(self, vocab_size: int) -> Recipe:
         """Of every run."""
@@ -114,6 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=getattr(default, name), help=f"{text} (%(default)s)")
+    parser.add_argument(
+        "--margin", type=float, default=default.margin, help="nats a token that count as none (%(default)s)"
+    )
     parser.add_argument("--dropout", type=float, default=default.dropout, help="(%(default)s)")
     parser.add_argument("--lr", type=float, default=default.lr, help="learning rate (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default.dtype)
@@ -127,8 +135,8 @@ def run(args: argparse.Namespace) -> int:
     """Run `fastattn compare training`, write its report and print its table and verdict.
 
     Returns:
-        0 where ours are within the noise; 1 where they are not; 2 for options that do not fit; 130 after
-        Ctrl-C, with the runs that ended until then.
+        0 where ours are equivalent; 1 where they are different or it is not decided; 2 for options that do
+        not fit; 130 after Ctrl-C, with the runs that ended until then.
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = args.out or Path("runs") / f"training-{stamp}"
@@ -137,29 +145,31 @@ def run(args: argparse.Namespace) -> int:
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     begin = time.monotonic()
     curves: dict[tuple[str, int], Curve] = {}
+    failed: dict[tuple[str, int], str] = {}
     interrupted = False
     try:
         settings = Settings(**given)
         corpus = load_tokens(settings.data, settings.tokenizer)
         recipe = settings.recipe(corpus.tokenizer.vocab_size)
-        windows = held_out_windows(corpus, settings.context, settings.context)
-        # spread over all held-out documents
-        windows = windows[:: max(1, len(windows) // settings.held_out)][: settings.held_out]
+        windows = held_out_windows(corpus, settings.context, settings.context, settings.held_out)
         try:
             for seed in range(1, settings.seeds + 1):
                 for name in (BASELINE, OURS):
-                    curve = Run(recipe, name, seed, corpus, windows).finish(lambda text: None)
-                    curves[name, seed] = curve
-                    loss, minutes = curve.held_out[recipe.steps], (time.monotonic() - begin) / 60
-                    print(
-                        f"[{minutes:5.1f} min] {name}, seed {seed}: held-out loss {loss:.4f}", file=sys.stderr
-                    )
+                    one = Run(recipe, name, seed, corpus, windows)
+                    said = train(one)
+                    if said is None:
+                        curves[name, seed] = one.curve
+                        said = f"held-out loss {one.curve.held_out[recipe.steps]:.4f}"
+                    else:
+                        failed[name, seed] = said
+                    minutes = (time.monotonic() - begin) / 60
+                    print(f"[{minutes:5.1f} min] {name}, seed {seed}: {said}", file=sys.stderr, flush=True)
         except KeyboardInterrupt:
             interrupted = True
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"fastattn compare training: {error}", file=sys.stderr)
         return 2
-    result = result_of(settings, curves) | {
+    result = result_of(settings, curves, failed) | {
         "started": started,
         "seconds": time.monotonic() - begin,
         "interrupted": interrupted,
@@ -173,10 +183,24 @@ def run(args: argparse.Namespace) -> int:
     }
     write_report(result, folder)
     print(f"{loss_table(result)}\n\n{result['verdict']}\nreport: {folder / 'training.md'}")
-    return 130 if interrupted else int(result["difference"].get("within") is not True)
+    return 130 if interrupted else int(result["outcome"] != EQUIVALENT)
 
 
-def result_of(settings: Settings, curves: Mapping[tuple[str, int], Curve]) -> dict[str, Any]:
+def train(run: Run) -> str | None:
+    """Take all steps of `run`; why it has no losses to compare, None where it has."""
+    try:
+        curve = run.finish(lambda text: None)
+    except FloatingPointError as error:
+        return f"step {len(run.curve.losses) + 1}: {error}"
+    bad = [step for step, loss in curve.held_out.items() if not math.isfinite(loss)]
+    return f"the held-out loss at step {bad[0]} is not finite" if bad else None
+
+
+def result_of(
+    settings: Settings,
+    curves: Mapping[tuple[str, int], Curve],
+    failed: Mapping[tuple[str, int], str],
+) -> dict[str, Any]:
     """Everything an equivalence run found out, JSON-serialisable; see `bench/results/README.md`."""
     runs = [
         {
@@ -188,101 +212,115 @@ def result_of(settings: Settings, curves: Mapping[tuple[str, int], Curve]) -> di
         }
         for (name, seed), curve in curves.items()
     ]
-    last = {
-        name: [c.held_out[settings.steps] for (which, _), c in curves.items() if which == name]
-        for name in (BASELINE, OURS)
-    }
-    enough = min(len(losses) for losses in last.values()) >= 2
-    difference = welch(last[BASELINE], last[OURS]) if enough else {}
-    return {
+    seeds = [seed for name, seed in curves if name == OURS and (BASELINE, seed) in curves]
+    # a seed with which one of the two learns and the other does not says enough
+    apart = any((name, seed) in curves for which, seed in failed for name in {BASELINE, OURS} - {which})
+    last: dict[str, Any] = {}
+    curve: dict[str, Any] = {}
+    if len(seeds) >= 2:
+        base, ours = ([curves[name, seed].held_out for seed in seeds] for name in (BASELINE, OURS))
+        ends = ([held_out[settings.steps] for held_out in arm] for arm in (base, ours))
+        means = ([statistics.fmean(held_out.values()) for held_out in arm] for arm in (base, ours))
+        last, curve = (compare(*pair, margin=settings.margin) for pair in (ends, means))
+    outcome = _outcome([found["outcome"] for found in (last, curve) if found], apart)
+    result = {
         "schema": SCHEMA,
         "kind": "training",
         "settings": asdict(settings),
         "machine": machine(settings.device) | {"threads": torch.get_num_threads()},
         "versions": versions(),
         "runs": runs,
-        "difference": difference,
-        "verdict": verdict(difference, settings.seeds),
+        "failed": [{"implementation": n, "seed": seed, "reason": why} for (n, seed), why in failed.items()],
+        "last": last,
+        "curve": curve,
+        "outcome": outcome,
     }
+    return result | {"verdict": verdict(result)}
 
 
-def welch(base: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
-    """The difference of two means and its 95 % interval, each sample with a variance of its own.
+def _outcome(parts: Sequence[str], apart: bool) -> str:
+    if apart or DIFFERENT in parts:
+        return DIFFERENT
+    return EQUIVALENT if parts and set(parts) == {EQUIVALENT} else NOT_DECIDED
+
+
+def compare(base: Sequence[float], ours: Sequence[float], *, margin: float) -> dict[str, Any]:
+    """How far losses of the same seeds are apart, and whether that is within a margin.
 
     Args:
-        base: losses of the standard attention's runs, two or more.
-        ours: of ours.
+        base: losses of standard attention's runs, two or more.
+        ours: of ours, of the same seeds in the same order.
+        margin: the largest difference that counts as none.
 
     Returns:
-        ``difference`` (ours less the standard's), ``half_width`` of the interval, ``spread`` (the larger
-        standard deviation over seeds), and ``within``: whether the interval has 0 in it.
-
-    Source: Welch, "The generalization of 'Student's' problem", Biometrika 34, 1947.
+        ``pairs`` (how many), ``means`` by implementation, ``difference`` (ours less the standard's),
+        ``half_width`` of its 95 % interval over the pairs, ``spread`` (the standard deviation of the
+        standard's over seeds) and ``outcome``: "equivalent" where the whole interval is within the margin;
+        else "different" where it leaves out 0, and "not decided" where it does not.
 
     Example:
-        >>> welch([1.0, 1.2, 1.1], [1.15, 1.05, 1.13])["within"]
-        True
-        >>> welch([1.0, 1.001, 0.999], [1.1, 1.101, 1.099])["within"]
-        False
+        >>> compare([1.0, 1.2, 1.1], [1.001, 1.199, 1.1], margin=0.01)["outcome"]
+        'equivalent'
+        >>> compare([1.0, 1.2, 1.1], [1.05, 1.251, 1.149], margin=0.01)["outcome"]
+        'different'
+        >>> compare([1.0, 1.2, 1.1], [1.05, 1.15, 1.1], margin=0.01)["outcome"]
+        'not decided'
     """
-    parts = [statistics.variance(sample) / len(sample) for sample in (base, ours)]
-    total = sum(parts)
-    difference = statistics.fmean(ours) - statistics.fmean(base)
-    if total > 0:
-        sizes = (len(base), len(ours))
-        freedom = total**2 / sum(part**2 / (n - 1) for part, n in zip(parts, sizes, strict=True))
+    difference, half_width = mean_interval([b - a for a, b in zip(base, ours, strict=True)])
+    if abs(difference) + half_width <= margin:
+        outcome = EQUIVALENT
     else:
-        freedom = math.inf
-    half_width = student(freedom) * math.sqrt(total)
+        outcome = DIFFERENT if abs(difference) > half_width else NOT_DECIDED
     return {
+        "pairs": len(base),
+        "means": {BASELINE: statistics.fmean(base), OURS: statistics.fmean(ours)},
         "difference": difference,
         "half_width": half_width,
-        "spread": max(statistics.stdev(base), statistics.stdev(ours)),
-        "within": abs(difference) <= half_width,
-        "means": {BASELINE: statistics.fmean(base), OURS: statistics.fmean(ours)},
+        "spread": statistics.stdev(base),
+        "outcome": outcome,
     }
 
 
-def student(freedom: float) -> float:
-    """The two-sided 95 % point of Student's t, of the table's next lower degrees of freedom.
-
-    Example:
-        >>> student(4.9), student(math.inf)
-        (2.776, 1.96)
-    """
-    whole = 10**9 if math.isinf(freedom) else max(1, int(freedom))
-    if whole <= len(_STUDENT):
-        return _STUDENT[whole - 1]
-    if whole > _STUDENT_MANY[-1][0]:
-        return _NORMAL
-    return next((t for least, t in reversed(_STUDENT_MANY) if whole >= least), _STUDENT[-1])
-
-
-def verdict(difference: Mapping[str, Any], seeds: int) -> str:
-    """The outcome in a sentence."""
-    if not difference:
-        return "Fewer than two runs of each ended: nothing to compare."
-    means = difference["means"]
-    words = "within" if difference["within"] else "BEYOND"
-    interval = f"{difference['difference']:+.4f} ± {difference['half_width']:.4f} (95 %, {seeds} seeds)"
-    return (
-        f"Held-out loss {means[OURS]:.4f} with fastattn, {means[BASELINE]:.4f} with standard attention: a "
-        f"difference of {interval}, {words} the noise of seeds, whose standard deviation is "
-        f"{difference['spread']:.4f}."
+def verdict(result: Mapping[str, Any]) -> str:
+    """The outcome in a few sentences."""
+    last, margin = result["last"], result["settings"]["margin"]
+    words = {
+        EQUIVALENT: f"Equivalent: fastattn trains as standard attention does, to {margin:g} nats a token.",
+        DIFFERENT: "DIFFERENT: fastattn does not train as standard attention does.",
+        NOT_DECIDED: f"NOT DECIDED: equal or not to {margin:g} nats a token, these runs can't tell.",
+    }
+    parts = [words[result["outcome"]]]
+    parts += [f"{one['implementation']}, seed {one['seed']}: {one['reason']}." for one in result["failed"]]
+    if not last:
+        return " ".join([*parts, "Fewer than two seeds have both runs."])
+    means = last["means"]
+    parts.append(
+        f"Last held-out loss {means[OURS]:.4f} with fastattn, {means[BASELINE]:.4f} with standard attention. "
+        f"Ours less the standard's of the same seed: {_interval(last)} at the end, "
+        f"{_interval(result['curve'])} over the whole curve (95 %, {last['pairs']} seeds). "
+        f"The standard's own losses differ by {last['spread']:.4f} from seed to seed (standard deviation)."
     )
+    return " ".join(parts)
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    return f"{found['difference']:+.4f} ± {found['half_width']:.4f}"
 
 
 def loss_table(result: Mapping[str, Any]) -> str:
-    """The last held-out losses, a seed a line."""
-    last: dict[int, dict[str, float]] = {}
+    """The last held-out losses, a seed a line, and how far ours are from the standard's."""
+    held: dict[int, dict[str, list[float]]] = {}
     for one in result["runs"]:
-        last.setdefault(one["seed"], {})[one["implementation"]] = list(one["held_out"].values())[-1]
+        held.setdefault(one["seed"], {})[one["implementation"]] = list(one["held_out"].values())
     lines = []
-    for seed, losses in last.items():
-        cells = [f"{losses[name]:.4f}" if name in losses else "" for name in (BASELINE, OURS)]
-        both = f"{losses[OURS] - losses[BASELINE]:+.4f}" if len(losses) == 2 else ""
-        lines.append([str(seed), *cells, both])
-    return table(["seed", BASELINE, OURS, "difference"], lines)
+    for seed, losses in held.items():
+        cells = [f"{losses[name][-1]:.4f}" if name in losses else "" for name in (BASELINE, OURS)]
+        gaps = ["", ""]
+        if len(losses) == 2:
+            curve = statistics.fmean(losses[OURS]) - statistics.fmean(losses[BASELINE])
+            gaps = [f"{losses[OURS][-1] - losses[BASELINE][-1]:+.4f}", f"{curve:+.4f}"]
+        lines.append([str(seed), *cells, *gaps])
+    return table(["seed", BASELINE, OURS, "difference", "over the whole curve"], lines)
 
 
 def write_report(result: Mapping[str, Any], folder: Path) -> None:
@@ -300,7 +338,9 @@ def write_report(result: Mapping[str, Any], folder: Path) -> None:
             f"GPT-2 of size {settings['size']}, {result['data']['source']}, {result['data']['tokenizer']} "
             f"tokens; {settings['steps']:,} steps of {settings['batch']} × {settings['context']} tokens, "
             f"dropout {settings['dropout']}, {settings['dtype']}, AdamW at {settings['lr']:g}",
-            f"a seed decides weights, batches and dropout, the same for both; held out: "
+            "fastattn: attention, every other operation of the model that it has, and its AdamW; standard: "
+            "plain PyTorch",
+            "a seed decides weights, batches and dropout, the first two the same for both; held out: "
             f"{result['data']['held_out_tokens']:,} tokens of whole documents",
             f"{machine_['gpu'] or machine_['cpu']}, {machine_['threads']} threads, torch "
             f"{result['versions']['torch']}; {result['started']}, {result['seconds'] / 60:.1f} minutes"

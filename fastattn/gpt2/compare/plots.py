@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Final
 
@@ -195,34 +196,30 @@ def _draw_differences(
 
 
 def draw_seeds(result: Mapping[str, Any]) -> Figure:
-    """Held-out losses of all seeds, and how far each is from the standard's mean."""
+    """Held-out losses of all seeds, and how far ours are from the standard's of the same seed."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    held: dict[str, dict[int, list[float]]] = {}
+    held: dict[str, dict[int, dict[int, float]]] = {}
     for one in result["runs"]:
-        name = one["implementation"]
-        steps, losses = [int(step) for step in one["held_out"]], list(one["held_out"].values())
-        label = name if name not in held else None
-        left.plot(steps, losses, **{**_LOOK[name], "marker": ""}, label=label, linewidth=1.5, alpha=0.8)
-        for step, loss in zip(steps, losses, strict=True):
-            held.setdefault(name, {}).setdefault(step, []).append(loss)
-    base = held.get("standard", {})
-    for shift, (name, curve) in enumerate(held.items()):
-        for i, (step, losses) in enumerate(sorted(curve.items())):
-            if step in base:
-                mean = sum(base[step]) / len(base[step])
-                places = [i + 0.24 * shift - 0.12] * len(losses)
-                look = {**_LOOK[name], "linestyle": ""}
-                right.plot(places, [loss - mean for loss in losses], **look, alpha=0.8)
+        name, curve = one["implementation"], {int(step): loss for step, loss in one["held_out"].items()}
+        label = None if name in held else name
+        look = {**_LOOK[name], "marker": ""}
+        left.plot(list(curve), list(curve.values()), **look, label=label, linewidth=1.5, alpha=0.8)
+        held.setdefault(name, {})[one["seed"]] = curve
+    for marker, (seed, curve) in zip(cycle("osD^vP"), held.get("fastattn", {}).items(), strict=False):
+        base = held.get("standard", {}).get(seed, {})
+        gaps = {step: loss - base[step] for step, loss in curve.items() if step in base}
+        look = {**_LOOK["fastattn"], "marker": marker}
+        right.plot(list(gaps), list(gaps.values()), **look, label=f"seed {seed}", linewidth=1.2, alpha=0.8)
+    margin = result["settings"]["margin"]
+    right.axhspan(-margin, margin, color="black", alpha=0.08, label=f"margin, ±{margin:g}")
     right.axhline(0, color="black", linewidth=1, linestyle=":")
-    steps = sorted(base)
-    right.set_xticks(range(len(steps)), [str(step) for step in steps])
     left.set_ylabel("held-out loss, nats a token")
     left.set_title("every seed", fontsize=10)
-    left.legend(frameon=False)
-    right.set_ylabel("held-out loss less the standard's mean")
-    right.set_title("seeds apart, and ours among them", fontsize=10)
+    right.set_ylabel("fastattn's less the standard's")
+    right.set_title("of the same seed", fontsize=10)
     for axes in (left, right):
         axes.set_xlabel("step")
         axes.grid(True, alpha=0.25)
+        axes.legend(frameon=False)
     return figure
