@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any, Final
 
 import matplotlib as mpl
@@ -16,8 +17,13 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 # Okabe and Ito, "Color Universal Design", 2008: told apart by colour-blind eyes. Ours is the same everywhere.
 GREEN: Final = "#009E73"
 COLORS: Final = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-MARKERS: Final = ("^", "s", "D", "v", "P", "X")
-_NAMED: Final = {"sdpa": 0, "standard": 1, "naive": 1, "eager": 1, "fastattn+checkpoint": 2, "attention": 4}
+_MARKERS: Final = ("^", "s", "D", "v", "P", "X", "<")
+_DASHES: Final = ("--", ":", "-.", (0, (1, 3)), (0, (6, 1, 1, 1, 1, 1)))
+# What a name is first given, so that it looks the same from figure to figure.
+_NAMED: Final = {
+    **{"sdpa": 0, "sdpa default": 0, "standard": 1, "naive": 1, "eager": 1, "torch": 1},
+    **{"compiled": 2, "naive compiled": 2, "torch.compile": 2, "fastattn.optimize": 3, "attention": 4},
+}
 INK: Final = "#1b1f24"  # becomes the page's own text colour in SVG
 _PIXELS: Final = 98  # an inch of a figure, on the page
 _GRID: Final = "#8c959f"
@@ -60,13 +66,21 @@ def styled(draw: Callable[[], Figure | None]) -> Figure | None:
 def look_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and dash for each implementation; ours are green, and no two of the others are alike."""
     looks: dict[str, dict[str, Any]] = {}
-    free = [i for i in range(len(COLORS)) if i not in {_NAMED.get(name) for name in names}]
-    for name in names:
+    taken: set[int] = set()
+    for name in sorted(names, key=lambda name: name not in _NAMED):
         if name == "fastattn":
             looks[name] = {"color": GREEN, "marker": "o", "linestyle": "-", "zorder": 3}
             continue
-        index = _NAMED[name] if name in _NAMED else free.pop(0) if free else len(looks) % len(COLORS)
-        looks[name] = {"color": COLORS[index], "marker": MARKERS[index], "linestyle": "--", "zorder": 2}
+        wanted = _NAMED.get(name)
+        free = wanted is not None and wanted not in taken
+        index = wanted if wanted is not None and free else next(i for i in count() if i not in taken)
+        taken.add(index)
+        looks[name] = {
+            "color": COLORS[index % len(COLORS)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "linestyle": _DASHES[index // len(COLORS) % len(_DASHES)],
+            "zorder": 2,
+        }
     return looks
 
 
@@ -132,7 +146,10 @@ def label_ends(figure: Figure, labels: Sequence[tuple[Axes, Sequence[End]]], siz
                 fontsize=size,
                 va="center",
                 annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "color": end[3], "alpha": 0.5, "shrinkA": 0, "shrinkB": 4},
+                arrowprops={
+                    **{"arrowstyle": "-", "color": end[3], "alpha": 0.6, "linewidth": 0.8, "linestyle": ":"},
+                    **{"shrinkA": 0, "shrinkB": 4},
+                },
             )
 
 

@@ -63,11 +63,11 @@ def write_images(parts: Sequence[Section], folder: Path) -> list[Path]:
 
 def about_lines(found: Found) -> list[str]:
     """Where and when the rows were measured."""
-    named = sorted({row.place for row in found.rows})
+    named = sorted({str(row.machine) for row in found.rows})
     # without the one that is only said with less detail
     places = [place for place in named if not any(other.startswith(place + ",") for other in named)]
     versions = sorted({row.versions for row in found.rows})
-    days = sorted({row.date[:10] for row in found.rows})
+    days = sorted({row.date.date().isoformat() for row in found.rows})
     lines = []
     if places:
         lines.append("Measured on " + "; ".join(places) + ".")
@@ -80,8 +80,8 @@ def about_lines(found: Found) -> list[str]:
 def source_lines(found: Found) -> list[str]:
     """What was read, and what was not."""
     lines = [
-        "Times are medians of runs taken in turns with the peer's, on one machine, after a check "
-        "against float64. Of a problem that was measured more than once, the last run is shown.",
+        "Times are medians, and ratios of times that were taken in turns. Of a problem that was measured "
+        "more than once on a machine, the last race is shown.",
         f"Made on {date.today().isoformat()} by fastattn report from: {', '.join(found.files)}.",
     ]
     if found.unread:

@@ -1,22 +1,50 @@
-"""Measured rows of every file that is kept, in one shape.
+"""Measured rows of every file that is kept, in one shape, and what may be compared with what.
 
-The tidy rows of `fastattn bench`, those of `fastattn gpu-check`, and the files of before:
-`bench/results/README.md` says what their columns are.
+The tidy rows of `fastattn bench` and those of `fastattn gpu-check`: `bench/results/README.md` says what their
+columns are.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeVar
+
+from fastattn.gpt2.config import SIZES
 
 OURS: Final = "fastattn"
+OPTIMIZED: Final = "fastattn.optimize"  # of a training step: a model of others that our compiler pass rewrote
 ATTENTION: Final = "attention"  # of a training step: our attention in a model that is otherwise plain
-CEILINGS: Final = ("fma", "copy")  # what the machine can do, and no peer
+CEILINGS: Final = ("fma", "matmul", "copy")  # what the machine can do, and no peer
+STANDARD: Final = ("standard", "naive")  # of a training step: what the others are compared with
 TIDY_SCHEMA: Final = "2"
+_Key = TypeVar("_Key")
+_MODELS: Final = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
+
+
+class Machine(NamedTuple):
+    """Where a race was: times of two are never shown as of one.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        processor: the CPU's or the GPU's name.
+        isa: the instruction set of our kernels.
+        threads: of torch; None on a GPU.
+    """
+
+    device: str
+    processor: str
+    isa: str
+    threads: int | None
+
+    def __str__(self) -> str:
+        threads = f"{self.threads} threads" if self.threads else ""
+        return ", ".join(part for part in (self.processor, self.isa, threads) if part)
 
 
 @dataclass(frozen=True)
@@ -24,47 +52,53 @@ class Row:
     """One measurement of one problem; None where it was not measured or does not apply.
 
     Attributes:
-        run: rows of one run may be compared with each other.
-        date: ISO 8601.
-        processor: the CPU's or the GPU's name.
-        isa: instruction set.
-        threads: of torch.
+        run: the file, and where it has rows of several runs, which of them.
+        race: rows of one run and race were timed in turns with each other; empty where a row was timed alone.
+        date: when the run began.
+        machine: where.
         versions: of torch and fastattn, for people.
         op: what was computed.
         passes: forward, backward, both or step.
         dtype: of the tensors.
-        length: of queries and keys; of a model, its context.
+        batch: of sequences.
+        heads: of queries, or ``32:8``, of queries and of keys.
+        length: of queries and keys; of a model, its context; of what has rows of a matrix, their number.
         head_dim: of q and k.
         mask: its name.
         case: the rest of the problem, for people; rows of one problem have the same.
+        model: its size, where a model was measured: a name in `fastattn.gpt2.config.SIZES`.
         implementation: who computed it.
         kernel: what really ran.
         p20_ms, p50_ms, p80_ms: percentiles of the rounds.
         gflops: 10^9 floating-point operations a second, of the mathematics.
+        gb_per_s: 10^9 bytes a second, of those that have to be moved.
         share: of what the machine can do at most, measured in the same run.
-        ceiling: what that was: ``fma`` or ``copy``.
+        ceiling: what that was, of `CEILINGS`.
         peak_mb: memory, 10^6 bytes.
     """
 
     run: str
-    date: str
-    processor: str
-    isa: str
-    threads: int | None
+    race: str
+    date: datetime
+    machine: Machine
     versions: str
     op: str
     passes: str
     dtype: str
+    batch: int
+    heads: str
     length: int | None
     head_dim: int | None
     mask: str
     case: str
+    model: str
     implementation: str
     kernel: str
     p20_ms: float | None = None
     p50_ms: float | None = None
     p80_ms: float | None = None
     gflops: float | None = None
+    gb_per_s: float | None = None
     share: float | None = None
     ceiling: str = ""
     peak_mb: float | None = None
@@ -72,14 +106,28 @@ class Row:
     @property
     def problem(self) -> tuple[Any, ...]:
         """Rows with this alike are of one problem."""
-        return (self.op, self.passes, self.dtype, self.length, self.head_dim, self.mask, self.case)
+        sizes = (self.batch, self.heads, self.length, self.head_dim)
+        return (self.op, self.passes, self.dtype, *sizes, self.mask, self.case)
 
     @property
-    def place(self) -> str:
-        """The machine, for people."""
-        isa = f", {self.isa}" if self.isa else ""
-        threads = f", {self.threads} threads" if self.threads else ""
-        return f"{self.processor}{isa}{threads}"
+    def name(self) -> str:
+        """Who, for people; of torch's attention also which of its kernels."""
+        kernel = re.match(r"(?:sdpa:)?([a-z]+)$", self.kernel)
+        named = kernel and self.implementation.startswith("sdpa") and kernel[1] not in self.implementation
+        return f"{self.implementation} ({kernel[1]})" if kernel and named else self.implementation
+
+    @property
+    def title(self) -> str:
+        """The problem but for its op, pass, dtype and length, for people."""
+        heads = "" if not self.heads else "1 head" if self.heads == "1" else f"{self.heads} heads"
+        mask = {"none": "no mask"}.get(self.mask, self.mask)
+        parts = [
+            f"batch {self.batch}" if self.batch != 1 else "",
+            f"{heads} of {self.head_dim}" if heads and self.head_dim and not self.model else "",
+            "" if self.model or self.case.startswith(f"{mask} ") else mask,  # as of "window 512"
+            self.case,
+        ]
+        return ", ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -110,7 +158,7 @@ def read_folder(folder: Path) -> Found:
     rows: list[Row] = []
     results: list[dict[str, Any]] = []
     files, unread = [], []
-    for path in sorted((*folder.rglob("*.csv"), *folder.rglob("*.json"))):
+    for path in sorted((*folder.rglob("*.csv"), *folder.rglob("*.json")), key=_in_order):
         name = path.relative_to(folder).as_posix()
         try:
             if path.suffix == ".json":
@@ -124,21 +172,37 @@ def read_folder(folder: Path) -> Found:
     if not files:
         raise FileNotFoundError(f"rows: expected measured rows in {str(folder)!r}, found none")
     results.sort(key=lambda result: str(result.get("started")))
+    rows.sort(key=lambda row: row.date)
     return Found(tuple(rows), tuple(results), tuple(files), tuple(unread))
 
 
-def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of each problem on each machine the rows of its last run alone, each implementation once."""
-    runs: dict[tuple[Any, ...], dict[str, dict[str, Row]]] = {}
+def latest(rows: Iterable[Row], measured: str = "p50_ms") -> list[Row]:
+    """Of each problem on each machine the rows of its last race alone.
+
+    Args:
+        rows: in the order in which they were measured.
+        measured: the field that they have: of rows without it, none.
+
+    Returns:
+        Rows, race by race. A race without us counts only where we were in none.
+    """
+    races: dict[tuple[Machine, tuple[Any, ...]], dict[tuple[str, str], list[Row]]] = {}
     for row in rows:
-        runs.setdefault((row.processor, _kind(row), row.problem), {}).setdefault(row.run, {})[
-            row.implementation
-        ] = row
+        if getattr(row, measured) is not None and row.op != "ceiling":
+            own = races.setdefault((row.machine, row.problem), {})
+            own.setdefault((row.run, row.race), []).append(row)
     found: list[Row] = []
-    for by_run in runs.values():
-        ordered = sorted(by_run.values(), key=lambda own: next(iter(own.values())).date)
-        with_ours = [own for own in ordered if any(is_ours(name) for name in own)]
-        found += (with_ours or ordered)[-1].values()
+    for own in races.values():
+        with_ours = [race for race in own.values() if ours_of(race)]
+        found += (with_ours or list(own.values()))[-1]
+    return found
+
+
+def grouped(rows: Iterable[Row], key: Callable[[Row], _Key]) -> dict[_Key, list[Row]]:
+    """Rows by what `key` says of each, in the order of their first."""
+    found: dict[_Key, list[Row]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
     return found
 
 
@@ -146,31 +210,51 @@ def is_ours(implementation: str) -> bool:
     """Whether the name is one of ours, such as "fastattn" or "fastattn paged".
 
     Example:
-        >>> is_ours("fastattn, dense"), is_ours("sdpa")
-        (True, False)
+        >>> is_ours("fastattn, dense"), is_ours("sdpa"), is_ours("fastattn.gpt2, sdpa")
+        (True, False, False)
     """
-    return implementation.partition(",")[0].split(" ")[0] in (OURS, ATTENTION)
+    return re.split(r"[ ,+]", implementation)[0] in (OURS, OPTIMIZED, ATTENTION)
+
+
+def ours_of(race: Iterable[Row]) -> Row | None:
+    """The row that is compared with the peers: all of fastattn, else what a model has of it."""
+    named = {row.implementation: row for row in race}
+    return named.get(OURS) or named.get(OPTIMIZED) or named.get(ATTENTION)
+
+
+def peers_of(race: Iterable[Row]) -> list[Row]:
+    """The rows of others."""
+    return [row for row in race if not is_ours(row.implementation) and row.implementation not in CEILINGS]
+
+
+def races(rows: Iterable[Row]) -> list[tuple[Row, list[Row]]]:
+    """For each problem's last race: our row, and those of its peers.
+
+    Two rows are only ever compared where they were timed in turns: a race that has no name has no peers.
+    """
+    found = []
+    for own in grouped(latest(rows), lambda row: (row.run, row.race, row.machine, row.problem)).values():
+        ours, peers = ours_of(own), peers_of(own)
+        if ours is not None and ours.race and peers:
+            found.append((ours, peers))
+    return found
 
 
 def speedups(rows: Iterable[Row]) -> list[tuple[Row, Row, float]]:
     """For each problem and each peer: ours, the peer's row, and the peer's median over ours."""
-    problems: dict[tuple[Any, ...], list[Row]] = {}
-    for row in latest(rows):
-        problems.setdefault((row.processor, row.run, _kind(row), row.problem), []).append(row)
-    found = []
-    for own in problems.values():
-        ours = next((row for row in own if row.implementation == OURS and row.p50_ms), None)
-        if ours is None or ours.p50_ms is None:
-            continue
-        for row in own:
-            if not is_ours(row.implementation) and row.implementation not in CEILINGS and row.p50_ms:
-                found.append((ours, row, row.p50_ms / ours.p50_ms))
-    return found
+    return [
+        (ours, peer, (peer.p50_ms or 0.0) / ours.p50_ms)
+        for ours, peers in races(rows)
+        for peer in peers
+        if ours.p50_ms
+    ]
 
 
-def _kind(row: Row) -> str:
-    """AVX2 and AVX-512 runs of one machine stand beside each other."""
-    return row.run.rpartition("@")[2] if "@" in row.run else ""
+def _in_order(path: Path) -> tuple[str, int, str]:
+    """Files of one run after the other: ``x.csv``, ``x-2.csv``, ``x-10.csv``."""
+    numbered = re.match(r"(.*\D)-(\d+)$", path.stem)
+    stem, count = (numbered[1], int(numbered[2])) if numbered else (path.stem, 1)
+    return (path.parent / stem).as_posix(), count, path.suffix
 
 
 def _rows(path: Path, name: str) -> list[Row]:
@@ -181,20 +265,25 @@ def _rows(path: Path, name: str) -> list[Row]:
     if not given:
         raise ValueError("expected rows, got none")
     if "schema" in columns:
-        return [_tidy(row, name) for row in given if row["status"] == "ok"]
-    if {"step", "case", "status"} <= columns:
-        return [_gpu(row, name) for row in given if row["status"] == "ok" and row["run"] == "gpu"]
-    read = _OLD.get(path.stem)
-    if read is None:
-        raise ValueError(f"expected columns of a known file, got {sorted(columns)[:6]} …")
-    seen: dict[tuple[Any, ...], int] = {}
-    rows = []
-    for row in given:
-        made = read(row)
-        key = (made.implementation, made.kernel, made.isa, made.problem)
-        seen[key] = seen.get(key, 0) + 1  # a second row of a problem is of a second run
-        rows.append(replace(made, run=f"{name} {seen[key]} {made.date}@{made.isa}"))
-    return rows
+        found = [_tidy(row, name) for row in given if row["status"] == "ok"]
+    elif {"step", "case", "status"} <= columns:
+        timed = [row for row in given if row["status"] == "ok" and row["run"] == "gpu" and row["p50_ms"]]
+        found = _with_shares([_gpu(row, name) for row in timed])
+    else:
+        raise ValueError(f"expected columns of measured rows, got {sorted(columns)[:6]} …")
+    return _on_one_machine(found)
+
+
+def _on_one_machine(rows: Iterable[Row]) -> list[Row]:
+    """The same with our instruction set in all rows of a race: a peer has torch's of the same machine."""
+    found: list[Row] = []
+    for own in grouped(rows, lambda row: row.run).values():
+        of_run = next((row.machine.isa for row in own if is_ours(row.implementation)), None)
+        of_race = {row.race: row.machine.isa for row in own if is_ours(row.implementation)}
+        for row in own:
+            isa = of_race.get(row.race, of_run) if row.op != "ceiling" else None
+            found.append(replace(row, machine=row.machine._replace(isa=isa or row.machine.isa)))
+    return found
 
 
 def _number(text: str | None) -> float | None:
@@ -205,160 +294,146 @@ def _integer(text: str | None) -> int | None:
     return int(text) if text else None
 
 
+def _moment(text: str) -> datetime:
+    """A time that can be compared with any other; without an offset it is taken as UTC."""
+    found = datetime.fromisoformat(text)
+    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
+
+
+def _heads(row: Mapping[str, str]) -> str:
+    grouped_heads = row["kv_heads"] and row["kv_heads"] != row["heads"]
+    return f"{row['heads']}:{row['kv_heads']}" if grouped_heads else row["heads"]
+
+
+def model_title(size: str) -> str:
+    """``GPT-2 124M`` for ``gpt2``."""
+    return f"GPT-2 {_MODELS.get(size, size)}"
+
+
 def _tidy(row: Mapping[str, str], name: str) -> Row:
     if row["schema"] != TIDY_SCHEMA:
         raise ValueError(f"expected schema {TIDY_SCHEMA}, got {row['schema']}")
     extra = json.loads(row["extra"] or "{}")
-    parts = [f"{key} {value}" for key, value in extra.items()]
-    if row["kv_heads"] and row["kv_heads"] != row["heads"]:
-        parts.insert(0, f"heads {row['heads']}:{row['kv_heads']}")
-    elif row["heads"]:
-        parts.insert(0, f"{row['heads']} heads")
-    if row["batch"] not in ("", "1"):
-        parts.insert(0, f"batch {row['batch']}")
+    model = str(extra.pop("size", "")) if row["op"] == "gpt2" else ""
+    length = _integer(row["length"])
+    if length is None:
+        length = extra.pop("rows", None)
+    parts = [model_title(model)] if model else []
+    parts += [_said(key, value) for key, value in extra.items()]
     if row["v_dim"] and row["v_dim"] != row["head_dim"]:
         parts.append(f"d_v {row['v_dim']}")
     if _number(row["dropout"]):
         parts.append(f"dropout {float(row['dropout']):g}")
+    cuda = row["device"] == "cuda"
     return Row(
         run=name,
-        date=row["started"],
-        processor=row["processor"],
-        isa=row["isa"],
-        threads=_integer(row["threads"]),
-        versions=f"torch {row['torch']}, fastattn {row['fastattn']}",
+        race=row.get("race") or "",
+        date=_moment(row["started"]),
+        machine=Machine(
+            row["device"], row["processor"], row["isa"], None if cuda else _integer(row["threads"])
+        ),
+        versions=f"torch {row['torch']}, fastattn {row['fastattn']}".removesuffix(", fastattn "),
         op=row["op"],
         passes=row["pass"],
         dtype=row["dtype"],
-        length=_integer(row["length"]),
+        batch=_integer(row["batch"]) or 1,
+        heads=_heads(row),
+        length=length,
         head_dim=_integer(row["head_dim"]),
         mask=row["mask"],
         case=", ".join(parts),
+        model=model if model in SIZES else "",
         implementation=row["implementation"],
         kernel=row["kernel"],
         p20_ms=_number(row["p20_ms"]),
         p50_ms=_number(row["p50_ms"]),
         p80_ms=_number(row["p80_ms"]),
         gflops=_number(row["gflops"]),
+        gb_per_s=_number(row["gb_per_s"]),
         share=_number(row["share_of_ceiling"]),
         ceiling=row["ceiling"],
         peak_mb=_number(row["peak_mb"]),
     )
 
 
+def _said(key: str, value: Any) -> str:
+    """One of a problem's `extra`, for people."""
+    if value is None or value is False:
+        return f"no {key}" if value is None else f"not {key}"
+    if value is True or isinstance(value, str):
+        return key if value is True else value
+    return f"{key} {value:,}"
+
+
+# What `fastattn gpu-check` calls the models of its training step, as `fastattn compare gpt2` does.
+_TRAINED: Final = {
+    "fastattn.gpt2, fastattn": OURS,
+    "transformers, fastattn": ATTENTION,
+    "transformers, sdpa": "sdpa",
+    "transformers, eager": "standard",
+}
+
+
 def _gpu(row: Mapping[str, str], name: str) -> Row:
-    tflops = _number(row["tflops"])
+    """A row of `fastattn gpu-check`; rows of one step and case, forward alone or trained, are of one race."""
+    tflops, share = _number(row["tflops"]), _number(row["share_of_copy"])
+    step, kind = row["step"], row["case"]
+    op, mask, case, model, implementation = "attention", "", "", "", row["implementation"]
+    if step == "ceilings":
+        op, implementation = "ceiling", kind
+    elif row["passes"] == "step":
+        op, mask, case, model = "gpt2", "causal", f"{model_title('gpt2')}, dropout 0.1", "gpt2"
+        implementation = _TRAINED.get(implementation, implementation)
+    elif step.startswith("decode"):
+        op, case = "decode", kind
+    elif step == "launch":
+        op, mask, case = "launch", "causal", "the host's time for a call"
+    else:
+        words = [word for word in kind.split(", ") if not re.match(r"[DL] \d+$", word)]
+        first = words[0].partition(" ")[0]
+        mask = {"full": "none", "dropout": "causal", "alibi": "causal"}.get(first, first)
+        case = ", ".join(words if words[0] != first or first not in ("causal", "full") else words[1:])
     return Row(
         run=f"{name} {row['started']}",
-        date=f"{row['date']}T{row['started']}",
-        processor=row["machine"],
-        isa="",
-        threads=None,
+        race=f"{step}, {kind}, {'forward' if row['passes'] == 'forward' else 'trained'}",
+        date=_moment(f"{row['date']}T{row['started']}"),
+        machine=Machine("cuda", row["machine"], "", None),
         versions=f"torch {row['torch']}, triton {row['triton']}, fastattn {row['fastattn']}",
-        op="gpt2" if row["passes"] == "step" else "attention",
+        op=op,
         passes=row["passes"],
         dtype=row["dtype"],
+        batch=_integer(row["batch"]) or 1,
+        heads=_heads(row),
         length=_integer(row["length"]),
         head_dim=_integer(row["head_dim"]),
-        mask="causal" if "causal" in row["case"] else "",
-        case=row["case"],
-        implementation=row["implementation"],
+        mask=mask,
+        case=case,
+        model=model,
+        implementation=implementation,
         kernel=row["kernel"],
         p20_ms=_number(row["p20_ms"]),
         p50_ms=_number(row["p50_ms"]),
         p80_ms=_number(row["p80_ms"]),
         gflops=None if tflops is None else 1000 * tflops,
-        share=_number(row["share_of_copy"]),
-        ceiling="copy" if row["share_of_copy"] else "",
+        gb_per_s=_number(row["gb_per_s"]),
+        share=share,
+        ceiling="" if share is None else "copy",
         peak_mb=_number(row["peak_mb"]),
     )
 
 
-def _old(
-    row: Mapping[str, str], op: str, passes: str, case: str, mask: str = "", implementation: str | None = None
-) -> Row:
-    share = _number(row.get("fma_share")) or _number(row.get("share_of_copy"))
-    return Row(
-        run="",
-        date=row["date"],
-        processor=row["cpu"],
-        isa=row.get("isa", ""),
-        threads=_integer(row.get("threads")),
-        versions=f"torch {row['torch']}" + (f", fastattn {row['fastattn']}" if "fastattn" in row else ""),
-        op=op,
-        passes=passes,
-        dtype=row.get("dtype", "float32"),
-        length=_integer(row.get("length") or row.get("context") or row.get("tokens")),
-        head_dim=_integer(row.get("head_dim")),
-        mask=mask,
-        case=case,
-        implementation=implementation or row["implementation"],
-        kernel=row.get("kernel", ""),
-        p20_ms=_number(row.get("p20_ms")),
-        p50_ms=_number(row.get("p50_ms")),
-        p80_ms=_number(row.get("p80_ms")),
-        gflops=_number(row.get("gflops")),
-        share=share,
-        ceiling="" if share is None else "fma" if row.get("fma_share") else "copy",
-        peak_mb=_number(row.get("peak_mb")),
-    )
+def _with_shares(rows: Iterable[Row]) -> list[Row]:
+    """The same; bfloat16 rows with their share of the matrix product that the run could do at most."""
+    rows = list(rows)
+    most = {row.run: row.gflops for row in rows if row.op == "ceiling" and row.implementation == "matmul"}
 
+    def shared(row: Row) -> Row:
+        ceiling = most.get(row.run)
+        if row.op != "attention" or row.dtype != "bfloat16" or not row.gflops or not ceiling:
+            return row
+        return replace(row, share=round(row.gflops / ceiling, 3), ceiling="matmul")
 
-def _attention(row: Mapping[str, str]) -> Row:
-    case = f"{row['heads']} heads"
-    if row["v_dim"] != row["head_dim"]:
-        case += f", d_v {row['v_dim']}"
-    if float(row["dropout"]):
-        case += f", dropout {float(row['dropout']):g}"
-    return _old(row, "attention", row["passes"], case, row["mask"])
-
-
-def _memory(row: Mapping[str, str]) -> Row:
-    return replace(_old(row, "attention", "both", "12 heads, memory", "causal"), head_dim=64)
-
-
-def _feature(row: Mapping[str, str]) -> Row:
-    return _old(row, "attention", "both", row["feature"], row["feature"])
-
-
-def _decode(row: Mapping[str, str]) -> Row:
-    case = f"batch {row['batch']}, heads {row['heads']}:{row['kv_heads']}"
-    return _old(row, "decode", "forward", case)
-
-
-def _rotary(row: Mapping[str, str]) -> Row:
-    return _old(row, "rotary", row["passes"], f"batch {row['batch']}, {row['heads']} heads")
-
-
-def _gpt2(row: Mapping[str, str]) -> Row:
-    case = f"{_model(row['size'])}, batch {row['batch']}, dropout {float(row['dropout']):g}"
-    return _old(row, "gpt2", "step", case, implementation=_attention_alone(row["implementation"]))
-
-
-def _attention_alone(name: str) -> str:
-    """What the files of before called fastattn of a model's training step was its attention alone."""
-    return ATTENTION if name == OURS else name
-
-
-def _model(size: str) -> str:
-    return {"gpt2": "GPT-2 124M", "gpt2-medium": "GPT-2 355M"}.get(size, f"GPT-2 of size {size}")
-
-
-def _compiler(row: Mapping[str, str]) -> Row:
-    how = {"eager": "standard", "compile": "torch.compile", "optimize": OURS}.get(row["how"], row["how"])
-    case = f"{_model(row['size'])}, naive attention compiled, dropout {float(row['dropout']):g}"
-    return _old(row, "gpt2", "step", case, implementation=how)
-
-
-_OLD: Final[dict[str, Callable[[Mapping[str, str]], Row]]] = {
-    "attention": _attention,
-    "attention_memory": _memory,
-    "attention_features": _feature,
-    "decode": _decode,
-    "rotary": _rotary,
-    "gpt2_step": _gpt2,
-    "compiler_step": _compiler,
-}
+    return [shared(row) for row in rows]
 
 
 def _result(path: Path) -> dict[str, Any]:
@@ -366,29 +441,8 @@ def _result(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "schema" not in content:
         raise ValueError("expected the result of a command, with its schema")
     # `fastattn compare gpt2` has no kind of its own
-    if "kind" in content or "sweep" not in content:
-        return {"kind": "unknown"} | content
-    return {"kind": "compare"} | (_of_before(content) if content["schema"] == 1 else content)
-
-
-def _of_before(content: dict[str, Any]) -> dict[str, Any]:
-    """A comparison of schema 1 as one of 2."""
-
-    def by_name(rows: Mapping[str, Any]) -> dict[str, Any]:
-        return {_attention_alone(name): row for name, row in rows.items()}
-
-    named = {name: by_name(content[name]) for name in ("implementations", "train")}
-    listed = {
-        name: [row | {"implementation": _attention_alone(row["implementation"])} for row in content[name]]
-        for name in ("sweep", "samples")
-    }
-    parity = content["parity"]
-    parity |= {name: by_name(parity[name]) for name in ("largest", "last", "timing") if name in parity}
-    verdict = content["verdict"]
-    for old, now in (
-        ("fastattn trains", "fastattn's attention trains"),
-        ("; fastattn takes", "; attention takes"),
-    ):
-        verdict = verdict.replace(old, now)
-    new = {"baseline": "standard", "ours": ATTENTION, "parity": parity, "verdict": verdict}
-    return content | named | listed | new
+    if "kind" not in content and "sweep" in content:
+        if content["schema"] < 2:
+            raise ValueError(f"expected a comparison of schema 2, got {content['schema']}")
+        return {"kind": "compare"} | content
+    return {"kind": "unknown"} | content

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-from fastattn.gpt2.config import GPT2Config, config_of
+from fastattn.gpt2.config import SIZES, GPT2Config
 from fastattn.gpt2.longcontext.result import times_longer
 from fastattn.report.features import SYSTEMS, TABLE
-from fastattn.report.rows import OURS, Row, is_ours, latest, speedups
-
-_MODELS: Final = ("124M", "355M", "774M", "1558M")
+from fastattn.report.rows import OURS, STANDARD, Machine, Row, grouped, is_ours, latest, speedups
 
 
 class Table(NamedTuple):
@@ -25,94 +23,132 @@ class Table(NamedTuple):
 def training(rows: Sequence[Row], results: Iterable[Mapping[str, Any]]) -> Table:
     """Training steps of GPT-2: of rows, and of `fastattn compare gpt2`."""
     ceilings = fma_ceilings(rows)
-    lines: list[list[str]] = []
-    marked: set[int] = set()
-
-    def add(
-        model: str,
-        length: int,
-        name: str,
-        ms: float,
-        peak: float | None,
-        base: float | None,
-        mfu: float | None,
-    ) -> None:
-        if is_ours(name):
-            marked.add(len(lines))
-        lines.append(
-            [
-                model,
-                f"{length:,}",
-                name,
-                f"{ms / 1000:,.2f}",
-                f"{1000 * length / ms:,.0f}",
-                "" if mfu is None else f"{100 * mfu:.0f} %",
-                "" if peak is None else f"{peak / 1000:.2f}",
-                "" if base is None else f"{base / ms:.2f}×",
-            ]
-        )
-
-    groups: dict[tuple[str, int, str], list[Row]] = {}
-    for row in latest(rows):
-        if row.op == "gpt2" and row.p50_ms and row.length:
-            groups.setdefault((row.case, row.length, row.isa), []).append(row)
-    for (case, length, isa), own in sorted(groups.items()):
-        base = next((row.p50_ms for row in own if row.implementation in ("standard", "naive")), None)
-        place = (own[0].processor, own[0].threads)
-        ceiling = ceilings.get((*place, isa)) or ceilings.get((*place, ""))
-        for row in sorted(own, key=lambda row: -(row.p50_ms or 0)):
-            ms = row.p50_ms or 0.0
-            flops = row.gflops or step_gflops(case, length, ms)
-            mfu = flops / ceiling if flops and ceiling else None
-            add(case + (f", {isa}" if isa else ""), length, row.implementation, ms, row.peak_mb, base, mfu)
+    steps: list[_Step] = []
+    last = [row for row in latest(rows) if row.op == "gpt2" and row.length]
+    for own in grouped(last, lambda row: (row.run, row.race, row.machine, row.problem)).values():
+        base = next((row.p50_ms for row in own if row.race and row.implementation in STANDARD), None)
+        for row in own:
+            tokens, ms = row.batch * (row.length or 0), row.p50_ms or 0.0
+            rate = row.gflops
+            if rate is None and row.model:
+                rate = step_flops(SIZES[row.model], row.batch, row.length or 0) / ms / 1e6
+            steps.append(
+                _Step(
+                    *(row.case, f"{row.batch} × {row.length:,}", row.dtype, str(row.machine)),
+                    *(row.name, ms, 1000 * tokens / ms, row.peak_mb),
+                    base=base,
+                    mfu=_share(rate, ceiling_of(ceilings, row.machine, row.dtype)),
+                )
+            )
     for result in results:
-        if result["kind"] != "compare" or not result["train"]:
-            continue
-        context, settings = result["settings"]["context"], result["settings"]
-        dropout = f"dropout {settings['dropout']:g} (compare)"
-        title = f"{result['model']['title']}, batch {settings['batch']}, {dropout}"
-        base = result["train"].get("standard", {}).get("median_ms")
-        for name, row in result["train"].items():
-            add(title, context, name, row["median_ms"], row["peak_bytes"] / 1e6, base, None)
-    head = ["model", "context", "attention", "s a step", "tokens/s", "MFU", "peak GB", "over standard"]
-    return Table(head, lines, frozenset(marked))
+        if result["kind"] == "compare":
+            steps += _compared(result, ceilings)
+    steps.sort(key=lambda step: (*step[:4], -step.ms))
+    lines = [
+        [
+            *step[:5],
+            f"{step.ms / 1000:,.2f}",
+            f"{step.rate:,.0f}",
+            "" if step.mfu is None else f"{100 * step.mfu:.0f} %",
+            "" if step.peak_mb is None else f"{step.peak_mb / 1000:.2f}",
+            "" if step.base is None else f"{step.base / step.ms:.2f}×",
+        ]
+        for step in steps
+    ]
+    marked = frozenset(i for i, step in enumerate(steps) if is_ours(step.who))
+    head = ["model", "batch × context", "dtype", "machine", "by", "s a step", "tokens/s", "MFU"]
+    return Table([*head, "peak GB", "over standard"], lines, marked)
 
 
-def fma_ceilings(rows: Iterable[Row]) -> dict[tuple[str, int | None, str], float]:
-    """Of each machine, threads and instruction set: multiply-adds at most, in 10^9 operations a second.
+class _Step(NamedTuple):
+    """A line of the training table."""
 
-    The median of what was probed beside the rows; the largest of all instruction sets under the name "".
+    model: str
+    tokens: str
+    dtype: str
+    machine: str
+    who: str
+    ms: float
+    rate: float
+    peak_mb: float | None
+    base: float | None
+    mfu: float | None
+
+
+def _compared(result: Mapping[str, Any], ceilings: Mapping[_Place, float]) -> list[_Step]:
+    """The timed steps of `fastattn compare gpt2`."""
+    settings, model, where = result["settings"], result["model"], result["machine"]
+    sizes = {name: model[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    flops = step_flops(GPT2Config(**sizes), settings["batch"], settings["context"])
+    cuda = where["gpu"] is not None
+    machine = Machine(
+        "cuda" if cuda else "cpu",
+        where["gpu"] or where["cpu"],
+        "" if cuda else str(where["isa"] or "").lower(),
+        None if cuda else where["threads"],
+    )
+    ceiling = ceiling_of(ceilings, machine, settings["dtype"])
+    return [
+        _Step(
+            f"{model['title']}, dropout {settings['dropout']:g} (compare)",
+            f"{settings['batch']} × {settings['context']:,}",
+            settings["dtype"],
+            str(machine),
+            name,
+            row["median_ms"],
+            row["tokens_per_second"],
+            row["peak_bytes"] / 1e6,
+            base=result["train"].get(result["baseline"], {}).get("median_ms"),
+            mfu=_share(flops / row["median_ms"] / 1e6, ceiling),
+        )
+        for name, row in result["train"].items()
+    ]
+
+
+def _share(rate: float | None, ceiling: float | None) -> float | None:
+    return rate / ceiling if rate and ceiling else None
+
+
+_Place: TypeAlias = tuple[Machine, str]  # and a dtype
+
+
+def fma_ceilings(rows: Iterable[Row]) -> dict[_Place, float]:
+    """Of each machine and dtype: the most floating-point operations, 10^9 a second.
+
+    The median of what was probed beside the rows: of a CPU in float32, of a GPU in bfloat16.
     """
-    found: dict[tuple[str, int | None, str], list[float]] = {}
+    found: dict[_Place, list[float]] = {}
     for row in rows:
-        if row.op == "ceiling" and row.implementation == "fma" and row.gflops:
-            found.setdefault((row.processor, row.threads, row.isa), []).append(row.gflops)
-        elif row.ceiling == "fma" and row.share and row.gflops:
-            found.setdefault((row.processor, row.threads, row.isa), []).append(row.gflops / row.share)
-    medians = {place: statistics.median(values) for place, values in found.items()}
-    for (processor, threads, _), value in list(medians.items()):
-        medians[processor, threads, ""] = max(value, medians.get((processor, threads, ""), 0.0))
-    return medians
+        probed = (row.ceiling, row.dtype) in (("fma", "float32"), ("matmul", "bfloat16"))
+        if row.gflops and (row.op == "ceiling" or (probed and row.share)):
+            found.setdefault((row.machine, row.dtype), []).append(row.gflops / (row.share or 1.0))
+    return {place: statistics.median(values) for place, values in found.items()}
 
 
-def step_gflops(case: str, length: int, ms: float) -> float | None:
-    """10^9 floating-point operations a second of a GPT-2 step of batch 1; None for another model.
+def ceiling_of(ceilings: Mapping[_Place, float], machine: Machine, dtype: str) -> float | None:
+    """The machine's; where its row does not say the instruction set or the threads, the largest that fits."""
+    fits = [
+        value
+        for (other, of), value in ceilings.items()
+        if of == dtype
+        and other[:2] == machine[:2]
+        and (not machine.isa or other.isa in ("", machine.isa))
+        and (machine.threads is None or other.threads == machine.threads)
+    ]
+    return max(fits, default=None)
 
-    Six for each weight of a matrix product and token, and 6 L T² C for causal attention (halved for it).
+
+def step_flops(config: GPT2Config, batch: int, length: int) -> float:
+    """Floating-point operations of a GPT-2 step: six for each weight of a matrix product and token.
+
+    And 6 L T² C for causal attention: half of what all pairs take.
 
     Example:
-        >>> round(step_gflops("GPT-2 124M, batch 1", 1024, 1000.0))
-        817
+        >>> f"{step_flops(GPT2Config(), 1, 1024):.3g}"
+        '8.17e+11'
     """
-    config = next((config_of(name) for name in _MODELS if f"GPT-2 {name}" in case), None)
-    if config is None or ("batch 1" not in case and "batch" in case):
-        return None
-    return _flops(config, length) / ms / 1e6
-
-
-def _flops(config: GPT2Config, length: int) -> float:
     weights = config.n_embd * (config.vocab_size + 12 * config.n_layer * config.n_embd)
-    return 6.0 * weights * length + 6.0 * config.n_layer * length**2 * config.n_embd
+    return batch * (6.0 * weights * length + 6.0 * config.n_layer * length**2 * config.n_embd)
 
 
 def longest(result: Mapping[str, Any]) -> Table:
@@ -146,55 +182,61 @@ def features() -> Table:
 
 
 def peers(rows: Iterable[Row]) -> Table:
-    """For each operation, pass and peer: how many problems, and the least, median and largest speed-up."""
-    groups: dict[tuple[str, str, str], list[float]] = {}
+    """For each operation, pass, dtype and peer: its problems, the least, median and largest speed-up."""
+    groups: dict[tuple[str, str, str, str, str], list[float]] = {}
     for ours, peer, ratio in speedups(rows):
-        name = f"{peer.implementation} ({peer.kernel})" if peer.kernel else peer.implementation
-        groups.setdefault((ours.op, ours.passes, name), []).append(ratio)
+        key = (ours.op, ours.passes, ours.dtype, peer.name, str(ours.machine))
+        groups.setdefault(key, []).append(ratio)
+    lines = [
+        [*key, str(len(own)), f"{min(own):.2f}×", f"{statistics.median(own):.2f}×", f"{max(own):.2f}×"]
+        for key, own in sorted(groups.items())
+    ]
+    head = ["operation", "pass", "dtype", "peer", "machine"]
+    return Table([*head, "problems", "least", "median", "most"], lines)
+
+
+def every(rows: Sequence[Row]) -> Table:
+    """Each problem's last measurement: of time, and of memory where that was measured by itself."""
+    timed = latest(rows)
+    alone = [row for row in latest(rows, "peak_mb") if row.p50_ms is None]
+    ordered = sorted(
+        [*timed, *alone],
+        key=lambda row: (row.op, str(row.machine), row.passes, row.dtype, row.title, row.length or 0),
+    )
     lines = [
         [
-            op,
-            passes,
-            name,
-            str(len(own)),
-            f"{min(own):.2f}×",
-            f"{statistics.median(own):.2f}×",
-            f"{max(own):.2f}×",
+            row.op,
+            row.passes,
+            row.dtype,
+            "" if row.length is None else f"{row.length:,}",
+            row.title,
+            str(row.machine),
+            row.implementation,
+            row.kernel,
+            *(_milliseconds(ms) for ms in (row.p20_ms, row.p50_ms, row.p80_ms)),
+            "" if row.gflops is None else f"{row.gflops:,.0f}",
+            "" if row.gb_per_s is None else f"{row.gb_per_s:,.1f}",
+            "" if row.share is None else f"{100 * row.share:.0f} %",
+            "" if row.peak_mb is None else f"{row.peak_mb:,.1f}",
         ]
-        for (op, passes, name), own in sorted(groups.items())
+        for row in ordered
     ]
-    return Table(["operation", "pass", "peer", "problems", "least", "median", "most"], lines)
+    marked = frozenset(i for i, row in enumerate(ordered) if row.implementation == OURS)
+    head = [
+        "op",
+        "pass",
+        "dtype",
+        "length",
+        "problem",
+        "machine",
+        "by",
+        "kernel",
+        "p20 ms",
+        "p50 ms",
+        "p80 ms",
+    ]
+    return Table([*head, "GFLOP/s", "GB/s", "of ceiling", "peak MB"], lines, marked)
 
 
-def every(rows: Iterable[Row]) -> Table:
-    """Each problem's last measurement."""
-    lines: list[list[str]] = []
-    marked: set[int] = set()
-    ordered = sorted(
-        (row for row in latest(rows) if row.p50_ms),
-        key=lambda row: (row.op, row.place, row.passes, row.dtype, row.mask, row.case, row.length or 0),
-    )
-    for row in ordered:
-        if row.implementation == OURS:
-            marked.add(len(lines))
-        lines.append(
-            [
-                row.op,
-                row.passes,
-                row.dtype,
-                "" if row.length is None else f"{row.length:,}",
-                "" if row.head_dim is None else str(row.head_dim),
-                row.mask,
-                row.case,
-                row.isa,
-                row.implementation,
-                row.kernel,
-                f"{row.p20_ms:,.3g}" if row.p20_ms and row.p20_ms < 100 else f"{row.p20_ms or 0:,.0f}",
-                f"{row.p50_ms:,.3g}" if row.p50_ms and row.p50_ms < 100 else f"{row.p50_ms or 0:,.0f}",
-                f"{row.p80_ms:,.3g}" if row.p80_ms and row.p80_ms < 100 else f"{row.p80_ms or 0:,.0f}",
-                "" if row.gflops is None else f"{row.gflops:,.0f}",
-                "" if row.share is None else f"{100 * row.share:.0f} %",
-            ]
-        )
-    head = ["op", "pass", "dtype", "length", "d", "mask", "problem", "isa", "by", "kernel"]
-    return Table([*head, "p20 ms", "p50 ms", "p80 ms", "GFLOP/s", "of ceiling"], lines, frozenset(marked))
+def _milliseconds(ms: float | None) -> str:
+    return "" if ms is None else f"{ms:,.3g}" if ms < 100 else f"{ms:,.0f}"

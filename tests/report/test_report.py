@@ -1,8 +1,7 @@
-"""`fastattn report`: rows of every kind in one shape, a page that is whole and asks for nothing."""
+"""`fastattn report`: a page that is whole, shows everything that was measured, and asks for nothing."""
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
@@ -13,79 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("matplotlib")
+from matplotlib.figure import Figure
 
 from fastattn import report
 from fastattn.cli import main
-from fastattn.report import features, figures, rows, tables
-from fastattn.report.look import look_of
+from fastattn.report import features, sections
+from fastattn.report.rows import read_folder
 from fastattn.testing import FEATURES
+from tests.report.measured import attention, begin, ceilings, step
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 MACHINE = {"cpu": "A CPU", "isa": "AVX2", "cores": 2, "gpu": None, "memory_bytes": 24e9, "threads": 2}
 
 
-def tidy(**columns: Any) -> dict[str, Any]:
-    """A row of schema 2, made up."""
-    row = {
-        **{"schema": 2, "started": "2026-01-02T03:04:05+00:00", "suite": "attention", "device": "cpu"},
-        **{
-            "processor": "A CPU",
-            "isa": "avx2",
-            "threads": 2,
-            "torch": "2.13.0",
-            "triton": "",
-            "fastattn": "1.0",
-        },
-        **{"op": "attention", "pass": "both", "dtype": "float32", "batch": 1, "heads": 4, "kv_heads": 4},
-        **{"length": 512, "head_dim": 64, "v_dim": 64, "mask": "causal", "dropout": 0, "extra": ""},
-        **{"implementation": "fastattn", "version": "", "kernel": "cpu", "status": "ok", "note": ""},
-        **{"error_of_budget": 0.1, "rounds": 5, "p20_ms": 9.0, "p50_ms": 10.0, "p80_ms": 11.0, "flops": 1e9},
-        **{"bytes": 1e6, "gflops": 100.0, "gb_per_s": 1.0, "share_of_ceiling": 0.5, "ceiling": "fma"},
-        "peak_mb": 5.0,
-    }
-    assert set(columns) <= set(row)
-    return row | columns
-
-
-def write(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of every kind: two runs of attention, a training step, and the results of commands."""
+    """A run of attention, one of training steps, and the results of commands."""
     folder = tmp_path_factory.mktemp("rows")
-    lines = []
+    run = begin(folder / "runs")
+    ceilings(run)
     for length in (512, 1024):
-        for head_dim, mask in ((64, "causal"), (128, "none")):
-            case = {"length": length, "head_dim": head_dim, "mask": mask}
-            lines.append(tidy(**case))
-            lines.append(
-                tidy(**case, implementation="sdpa", kernel="flash", p50_ms=25.0, gflops=40.0, peak_mb=6.0)
-            )
-    lines.append(tidy(implementation="naive", status="wrong", p50_ms=""))
-    lines.append(tidy(op="ceiling", implementation="fma", gflops=200.0, p50_ms="", **{"pass": "forward"}))
-    step = {
-        "op": "gpt2",
-        "pass": "step",
-        "length": 1024,
-        "head_dim": "",
-        "mask": "",
-        "extra": '{"size":"GPT-2 124M"}',
-    }
-    lines.append(tidy(**step, p50_ms=5000.0, peak_mb=4000.0, gflops=""))
-    lines.append(tidy(**step, implementation="standard", p50_ms=11000.0, peak_mb=6000.0, gflops=""))
-    write(folder / "runs" / "new.csv", lines)
-    write(folder / "runs" / "old.csv", [tidy(started="2025-01-01", p50_ms=99.0)])
+        for mask, dim in (("causal", 64), ("none", 128), ("window", 64)):
+            for passes in ("forward", "both"):
+                times = {"fastattn": length / 50, "sdpa default": length / 20, "naive": length / 4}
+                attention(run, times, mask=mask, length=length, dim=dim, passes=passes, peak_mb=length / 100)
+    step(run, {"fastattn": 5000.0, "sdpa": 10000.0, "standard": 11000.0})
+    run.close()
     for name, result in results().items():
         (folder / f"{name}.json").write_text(json.dumps(result))
+    shutil.copy(RESULTS / "compare_gpt2_1024.json", folder)
     (folder / "other.csv").write_text("a,b\n1,2\n")
     return folder
 
@@ -191,17 +147,51 @@ def test_the_page_asks_for_nothing_and_is_small(page: Path) -> None:
     assert page.stat().st_size < 3_000_000
 
 
-def test_every_part_has_plots_or_tables_that_are_not_empty(page: Path) -> None:
+# What there is to see: the panels of each picture, by section.
+SHOWN = {
+    "speed": {"speed-0": 3, "speed-1": 3},
+    "peers": {"peers-0": 1},
+    "ceiling": {"ceiling-0": 1},
+    "memory": {"memory-0": 3, "memory-1": 3},
+    "training": {"steps": 1, "loss": 3, "seeds": 2},
+    "longest": {"longest-0": 2, "longest-1": 2},
+    "quality": {"quality": 2},
+    "features": {},
+    "rows": {},
+}
+
+
+def test_every_part_has_its_plots_and_no_panel_of_them_is_empty(folder: Path) -> None:
+    parts = sections.sections(read_folder(folder))
+    panels = {part.name: {picture.name: drawn(picture.figure) for picture in part.pictures} for part in parts}
+    assert {name: {one: len(own) for one, own in own.items()} for name, own in panels.items()} == SHOWN
+    assert all(own for by_picture in panels.values() for picture in by_picture.values() for own in picture)
+    # three implementations at two lengths each, in every panel
+    for name in ("speed", "memory"):
+        for picture in panels[name].values():
+            assert all([len(line) for line in own] == [2, 2, 2] for own in picture)
+    assert len(panels["training"]["steps"][0]) == 3
+    tables = {part.name: [len(table.lines) for _, table in part.tables] for part in parts}
+    assert tables["training"] == [6] and tables["peers"] == [6] and tables["rows"] == [39]
+
+
+def drawn(figure: Figure) -> list[list[list[float]]]:
+    """Of each panel: the values of every line that has points, and of every bar; not of lines across."""
+    found = []
+    for axes in figure.axes:
+        if axes.get_visible():
+            lines = [line.get_ydata() for line in axes.lines if line.get_transform() == axes.transData]
+            bars = [[bar.get_width() * bar.get_height()] for bar in axes.patches]
+            found.append([[float(y) for y in own] for own in (*lines, *bars) if len(own)])
+    return found
+
+
+def test_the_page_has_what_its_parts_have(page: Path) -> None:
     text, reader = page.read_text(), read(page)
     parts = re.findall(r'<section id="([a-z]+)">(.*?)</section>', text, re.DOTALL)
-    assert [name for name, _ in parts] == [
-        *("speed", "peers", "ceiling", "memory", "training", "longest", "quality", "features", "rows")
-    ]
+    assert [name for name, _ in parts] == list(SHOWN)
     for name, body in parts:
-        assert "<svg" in body or "<td" in body, name
-        for svg in re.findall(r"<svg.*?</svg>", body, re.DOTALL):
-            # curves or bars, and words: more than the frame that an empty plot has
-            assert svg.count("<path") > 8 and svg.count("<text") > 5, name
+        assert body.count("<svg") == len(SHOWN[name]), name
     assert "class=ours" in text and "2.50×" in reader.cells
     assert "#1b1f24" not in text.split("</style>")[1], "ink that a dark page would hide"
     lengths = ("A verdict on length.", "A verdict on length without dropout.")
@@ -219,44 +209,6 @@ def test_markdown_says_the_same_with_images_that_are_there(page: Path) -> None:
     for image in images:
         assert (page.parent / image).read_bytes()[:4] == b"\x89PNG"
     assert "A verdict on length." in text and "**9,216**" in text and "other.csv" in text
-
-
-def test_the_last_run_counts_and_what_is_wrong_does_not(folder: Path) -> None:
-    found = rows.read_folder(folder)
-    assert [why.partition(":")[0] for why in found.unread] == ["other.csv"]
-    assert not any(row.implementation == "naive" for row in found.rows)
-    ratios = {(ours.op, peer.implementation): ratio for ours, peer, ratio in rows.speedups(found.rows)}
-    assert ratios == {("attention", "sdpa"): 2.5, ("gpt2", "standard"): 2.2}
-    table = tables.training(found.rows, found.results)
-    ours = next(line for line in table.lines if line[2] == "fastattn")
-    # 817e9 operations in 5 s of a ceiling of 200e9 a second
-    assert ours[3:] == ["5.00", "205", "82 %", "4.00", "2.20×"]
-
-
-def test_kept_rows_are_read_whole(tmp_path: Path) -> None:
-    found = rows.read_folder(RESULTS)
-    assert len(found.rows) > 250
-    assert {row.op for row in found.rows} >= {"attention", "decode", "gpt2"}
-    # one measurement of each implementation for a problem of a run
-    seen: set[tuple[Any, ...]] = set()
-    for row in rows.latest(found.rows):
-        key = (row.run, row.processor, row.problem, row.implementation)
-        assert key not in seen
-        seen.add(key)
-    assert all(ours.p50_ms and peer.p50_ms for ours, peer, _ in rows.speedups(found.rows))
-    for draw in (figures.speed_by_length, figures.speedup_by_peer, figures.share_of_ceiling):
-        assert draw(found.rows) is not None
-
-
-def test_rows_of_a_gpu_check_are_read(tmp_path: Path) -> None:
-    from fastattn.gpu_check.rows import COLUMNS
-
-    row = dict.fromkeys(COLUMNS, "") | {"date": "2026-01-02", "started": "03:04:05", "run": "gpu"}
-    row |= {"machine": "A GPU", "status": "ok", "passes": "forward", "case": "causal d 64", "tflops": "300"}
-    row |= {"implementation": "fastattn", "p50_ms": "1.5", "length": "4096", "head_dim": "64"}
-    write(tmp_path / "gpu.csv", [row, row | {"status": "wrong"}, row | {"run": "dry-run"}])
-    (one,) = rows.read_folder(tmp_path).rows
-    assert (one.processor, one.gflops, one.mask, one.length) == ("A GPU", 300_000, "causal", 4096)
 
 
 def test_no_rows_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,12 +235,6 @@ def split(line: str) -> list[str]:
     return [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", cell.strip()) for cell in cells]
 
 
-def test_no_two_implementations_look_alike() -> None:
-    looks = look_of(["sdpa", "naive", "fastattn", "flex", "naive compiled", "xformers"])
-    assert len({look["color"] for look in looks.values()}) == 6
-    assert looks["fastattn"]["color"] == look_of(["fastattn"])["fastattn"]["color"]
-
-
 def browsers() -> Iterator[str]:
     for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
         found = shutil.which(name)
@@ -312,12 +258,3 @@ def test_chromium_shows_it_in_both_colour_schemes(page: Path, tmp_path: Path) ->
         images.append(image.read_bytes())
     assert all(len(image) > 50_000 for image in images)
     assert images[0] != images[1]
-
-
-def test_what_a_kept_comparison_called_fastattn_was_its_attention() -> None:
-    found = rows._result(RESULTS / "compare_gpt2_1024.json")
-    assert (found["baseline"], found["ours"]) == ("standard", "attention")
-    assert list(found["train"]) == list(found["implementations"]) == ["standard", "sdpa", "attention"]
-    assert {s["implementation"] for s in found["samples"] + found["sweep"]} == set(found["train"])
-    assert set(found["parity"]["largest"]) == {"sdpa", "attention"} and found["versions"]["fastattn"]
-    assert found["verdict"].startswith("fastattn's attention trains")
