@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,38 +13,36 @@ from fastattn.gpu_check.machine import Machine
 from fastattn.gpu_check.rows import OK
 from fastattn.gpu_check.timing import columns_of, interleaved
 
+# Bytes of the buffers that are copied; the fastest counts, as none is always.
+COPIES = {"cpu": (2**25, 2**26, 2**27, 2**28), "cuda": (2**28, 2**30)}
+
 
 def measure(machine: Machine) -> Iterator[dict[str, Any]]:
     """Tidy rows: the most floating-point operations and the most bytes a second.
 
-    On a CPU ``fma``, independent FMAs on all threads and the kernels' instruction set; on a GPU ``matmul``,
-    of bfloat16. ``copy`` is of a buffer that no cache holds, read and written.
+    On a CPU ``fma``, independent FMAs on all threads and the kernels' instruction set, of float32; on a GPU
+    ``matmul``, of bfloat16. ``copy``, read and written, is of the size that is fastest.
     """
-    if machine.on_cpu:
-        if not _backends.unavailable("cpu"):
-            isa = _backends.cpu_isa_id()
-            samples = [_seconds(lambda: torch.ops.fastattn_cpu.fma_loop(200_000, isa)) for _ in range(60)]
-            flops = torch.ops.fastattn_cpu.fma_loop(200_000, isa)
-            yield _row("fma", "float32", flops, 0, samples)
-        source = torch.zeros(2**28, dtype=torch.uint8)
-        target = torch.zeros_like(source)
-        samples = [_seconds(lambda: target.copy_(source)) for _ in range(11)]
-        yield _row("copy", "uint8", 0, 2 * source.numel(), samples)
-        return
-    size = 8192
-    a, b = (torch.randn(size, size, device=machine.device).bfloat16() for _ in range(2))
-    source = torch.zeros(2**30, dtype=torch.uint8, device=machine.device)
-    target = torch.zeros_like(source)
-    runs = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    taken = interleaved(machine, {name: _moments(machine, run) for name, run in runs.items()}, 3.0)
-    yield _row("matmul", "bfloat16", 2 * size**3, 0, [ms / 1e3 for ms in taken["matmul"][0]])
-    yield _row("copy", "uint8", 0, 2 * source.numel(), [ms / 1e3 for ms in taken["copy"][0]])
+    if not machine.on_cpu:
+        size = 8192
+        a, b = (torch.randn(size, size, device=machine.device).bfloat16() for _ in range(2))
+        yield _row("matmul", "bfloat16", 2 * size**3, 0, _seconds(machine, {"": lambda: a @ b})[""])
+    elif not _backends.unavailable("cpu"):
+        isa = _backends.cpu_isa_id()
+        flops = int(torch.ops.fastattn_cpu.fma_loop(200_000, isa))
+        run = partial(torch.ops.fastattn_cpu.fma_loop, 200_000, isa)
+        yield _row("fma", "float32", flops, 0, _seconds(machine, {"": run})[""])
+    copies = {}
+    for size in COPIES[machine.device.type]:
+        source = torch.zeros(size, dtype=torch.uint8, device=machine.device)
+        copies[size] = partial(torch.empty_like(source).copy_, source)
+    rows = [_row("copy", "uint8", 0, 2 * size, taken) for size, taken in _seconds(machine, copies).items()]
+    yield max(rows, key=lambda row: row["gb_per_s"])
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def _seconds(machine: Machine, runs: Mapping[Any, Callable[[], object]]) -> dict[Any, list[float]]:
+    timed = {name: _moments(machine, run) for name, run in runs.items()}
+    return {name: [ms / 1e3 for ms in parts[0]] for name, parts in interleaved(machine, timed, 1.5).items()}
 
 
 def _moments(machine: Machine, run: Callable[[], object]) -> Callable[[], list[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import fastattn
-from bench import rows
+from bench import contest, rows
 from bench.against import kept
 from bench.ceilings import measure
 from bench.tidy import RUN, isa_of, translate
@@ -119,9 +120,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_wanted(config: pytest.Config, item: pytest.Item) -> bool:
     device = config.getoption("--device")
-    if device == "cuda" and item.path.name not in ON_EITHER:
-        return False
     case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+    if device == "cuda" and item.path.name not in ON_EITHER and not isinstance(case, contest.Problem):
+        return False
     if case is None:
         return True
     # A case is left out by what it says of itself; it is not by what it has no word for.
@@ -134,9 +135,18 @@ def _is_wanted(config: pytest.Config, item: pytest.Item) -> bool:
     ):
         chosen = words(config, option)
         value = next((getattr(case, name) for name in names if hasattr(case, name)), None)
-        if chosen and value is not None and str(value).removeprefix("torch.") not in chosen:
+        values = value if isinstance(value, tuple) else (value,)
+        if chosen and value is not None and not {str(x).removeprefix("torch.") for x in values} & set(chosen):
             return False
     return True
+
+
+@pytest.fixture
+def compete(
+    benchmark: Any, request: pytest.FixtureRequest, ceilings: dict[str, float]
+) -> Callable[[contest.Problem], None]:
+    """A contest over a problem."""
+    return lambda problem: contest.compete(problem, benchmark, request.config)
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,18 @@
-"""Peak memory of one implementation on a CPU, in a process of its own.
-
-    python -m bench.memory CASE PEER PASSES
-
-CASE is JSON of `fastattn.gpu_check.peers.Case`. Prints, for each pass, the bytes by which the process grew at
-its highest beyond holding q, k, v and the output's gradient; nothing where the system does not tell.
-"""
+"""Peak memory on a CPU, of calls in a process of their own: `python -m bench.memory`, told which on stdin."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import pickle
 import subprocess
 import sys
-from dataclasses import asdict
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -24,33 +22,55 @@ from fastattn.gpu_check.oracle import results
 from fastattn.gpu_check.peers import Case, Inputs
 
 ROOT = Path(__file__).resolve().parent.parent
+Setup: TypeAlias = Callable[[], Mapping[str, Callable[[], object]]]
+
+
+def peaks_mb(setup: Setup) -> dict[str, float]:
+    """By how many 10^6 bytes a fresh process grows at its highest; nothing where the system does not tell.
+
+    Args:
+        setup: called in that process, so that it can be pickled; gives calls by name. Each is run once before
+            it is measured: what is compiled, or set up once, is not the call's.
+    """
+    return _peaks_mb(pickle.dumps(setup))
 
 
 @cache
-def peaks_mb(case: Case, peer: str, wholes: tuple[str, ...]) -> dict[str, float]:
-    """10^6 bytes of each of ``forward`` without a graph and ``both``; those that can be known."""
-    given = asdict(case) | {"dtype": str(case.dtype).removeprefix("torch.")}
-    command = [sys.executable, "-m", "bench.memory", json.dumps(given), peer, ",".join(wholes)]
+def _peaks_mb(setup: bytes) -> dict[str, float]:
     # What is freed goes back to the system, whatever was freed before.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    found = [line.split() for line in done.stdout.splitlines()]
-    return {line[0]: round(int(line[1]) / 1e6, 1) for line in found if len(line) == 2 and line[0] in wholes}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.memory"],
+        input=setup,
+        capture_output=True,
+        cwd=ROOT,
+        env=environment,
+        check=False,
+    )
+    if done.returncode != 0:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        warnings.warn(f"no peak memory: the process ended with {done.returncode}: {last}", stacklevel=3)
+        return {}
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return {name: round(grown / 1e6, 1) for name, grown in found.items()}
+
+
+def attention(case: Case, peer: str, wholes: Sequence[str]) -> dict[str, Callable[[], object]]:
+    """One of `PEERS`, ``forward`` without a graph or ``both``."""
+    inputs = Inputs(case, torch.device("cpu"), compiles=True)
+    function = PEERS[peer].make(inputs, "cpu")
+    return {whole: partial(results, function, inputs, whole == "both") for whole in wholes}
 
 
 def main() -> None:
-    given, peer, wholes = sys.argv[1:]
-    fields = json.loads(given)
-    case = Case(**fields | {"dtype": getattr(torch, fields["dtype"])})
-    make, device = PEERS[peer].make, torch.device("cpu")
-    inputs = Inputs(case, device, compiles=True)
-    attention = make(inputs, "cpu")
-    for whole in wholes.split(","):
-        run = partial(results, attention, inputs, whole == "both")
-        run()  # what is compiled, or set up once, is not of the call
-        grown = peak_growth(run)
-        if grown is not None:
-            print(whole, grown, flush=True)
+    """Run what was pickled to stdin; print bytes by name as JSON."""
+    setup: Setup = pickle.load(sys.stdin.buffer)
+    grown = {}
+    for name, call in setup().items():
+        call()
+        gc.collect()
+        grown[name] = peak_growth(call)
+    print(json.dumps({name: size for name, size in grown.items() if size is not None}))
 
 
 if __name__ == "__main__":

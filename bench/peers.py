@@ -1,4 +1,4 @@
-"""Everyone that attention is raced against: what each can do, how its users call it, and its version here.
+"""Everyone that we are raced against: what each can do, how its users call it, and its version here.
 
 `python -m bench.peers` prints the table. What really ran is never taken from it: the profiler tells.
 """
@@ -9,6 +9,9 @@ import importlib
 import math
 import operator
 import platform
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -95,17 +98,82 @@ EVERY = {
     "cpu": (OURS, "sdpa default", "sdpa math", "naive", "naive compiled", "flex compiled", "python loop"),
     "cuda": SHORT["cuda"],
 }
-# Peers of the operations that are not attention, by the package that has them.
+
+
+@dataclass(frozen=True)
+class Other:
+    """A peer of operations that are not attention.
+
+    Attributes:
+        how: what its users write.
+        ops: the folders of bench/ that race it.
+        devices: where it runs.
+        usual: it is raced where none is named; what is compiled takes long before its first result.
+    """
+
+    how: str
+    ops: tuple[str, ...]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    usual: bool = True
+
+
+_FUSED = ("linear", "mlp", "cross_entropy", "layer_norm", "rotary", "embedding")
 OTHERS = {
-    "cross_entropy": {"liger": "liger_kernel.transformers.functional.liger_cross_entropy"},
-    "linear_cross_entropy": {
-        "liger": "liger_kernel.transformers.functional.liger_fused_linear_cross_entropy"
-    },
-    "layer_norm": {"liger": "liger_kernel.transformers.functional.liger_layer_norm"},
-    "rms_norm": {"liger": "liger_kernel.transformers.functional.liger_rms_norm"},
-    "rotary": {"liger": "liger_kernel.transformers.functional.liger_rope"},
-    "mlp": {"liger": "liger_kernel.transformers.functional.liger_swiglu"},
+    "torch": Other("torch.nn.functional, torch.optim.AdamW(fused=True)", (*_FUSED, "adamw")),
+    "torch compiled": Other("torch.compile of that", _FUSED, usual=False),
+    "transformers": Other("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", ("rotary",)),
+    "liger": Other(
+        "liger_kernel.transformers.functional",
+        ("mlp", "cross_entropy", "layer_norm", "rotary"),
+        devices=("cuda",),
+    ),
 }
+
+
+def liger(name: str) -> Callable[..., Any]:
+    """A function of Liger's by its name, such as ``liger_rms_norm``.
+
+    Raises:
+        Absent: it is not installed.
+    """
+    try:
+        module = importlib.import_module("liger_kernel.transformers.functional")
+    except ImportError as error:
+        raise Absent(f"liger-kernel is not installed ({error})") from error
+    found: Callable[..., Any] = getattr(module, name)
+    return found
+
+
+def chosen_others(
+    names: Iterable[str], device: str, wanted: str | None = None, every: bool = False
+) -> list[str]:
+    """Those of an operation's implementations that are raced, ours always among them.
+
+    Args:
+        names: all that there are.
+        device: ``cpu`` or ``cuda``.
+        wanted: comma-separated; ``all``; or None for the usual ones.
+        every: those that are compiled too, where `wanted` is None.
+
+    Raises:
+        ValueError: no peer of any operation is called that.
+    """
+    words = None if wanted in (None, "all") else [word.strip() for word in wanted.split(",")]
+    unknown = [word for word in words or () if word not in OTHERS and word not in PEERS]
+    if unknown:
+        raise ValueError(f"expected peers among {', '.join((*OTHERS, *PEERS))}; got {', '.join(unknown)}")
+
+    def takes(name: str) -> bool:
+        other = OTHERS.get(name)
+        if name.startswith(OURS) or (other is None and words is None):
+            return True
+        if other is not None and device not in other.devices:
+            return False
+        if words is not None:
+            return name in words
+        return every or wanted == "all" or other is None or other.usual
+
+    return [name for name in names if takes(name)]
 
 
 def chosen(names: str | None, device: str, every: bool = False) -> dict[str, Peer]:
@@ -131,9 +199,11 @@ def chosen(names: str | None, device: str, every: bool = False) -> dict[str, Pee
 
 def version_of(name: str) -> str:
     """The version of what a peer is part of; empty where it is not installed."""
+    if name.startswith(OURS):
+        return peers.version_of(OURS)
     if name == "python loop":
         return f"Python {platform.python_version()}"
-    package = {"HF kernels": "kernels", "liger": "liger-kernel"}.get(name)
+    package = {"HF kernels": "kernels", "liger": "liger-kernel", "transformers": "transformers"}.get(name)
     return peers.version_of(name) if package is None else version(package) or ""
 
 
@@ -144,9 +214,9 @@ def main() -> None:
         more = [word for word, has in (("grouped heads", peer.grouped), ("v_dim", peer.wide)) if has]
         words = (", ".join(x) or "none" for x in ((*peer.can, *more), peer.forward, peer.backward))
         print(f"| {name} | {version_of(name) or 'no'} | {' | '.join(words)} | `{peer.how}` |")
-    for op, others in OTHERS.items():
-        for name, path in others.items():
-            print(f"| {name} | {version_of(name) or 'no'} | {op} | cuda | cuda | `{path}` |")
+    for name, other in OTHERS.items():
+        words = (", ".join(x) for x in (other.ops, other.devices, other.devices))
+        print(f"| {name} | {version_of(name) or 'no'} | {' | '.join(words)} | `{other.how}` |")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,9 @@ LEFT_OUT = (
 # Files that are not of the operation that their name begins with.
 OPS = {"compiler_step": "gpt2"}
 
+# Where these are nearer they hold for these dtypes alone: products of others may use other instructions.
+CEILING_OF = {"fma": ("float32",), "matmul": ("bfloat16", "float16")}
+
 
 class Run:
     """The run's file, made with its first row.
@@ -73,7 +76,8 @@ class Run:
         }
         if shares and row.get("status") == "ok":
             nearest = max(shares, key=lambda name: shares[name])
-            row["ceiling"], row["share_of_ceiling"] = nearest, round(shares[nearest], 3)
+            if row.get("dtype") in CEILING_OF.get(nearest, (row.get("dtype"),)):
+                row["ceiling"], row["share_of_ceiling"] = nearest, round(shares[nearest], 3)
         return row
 
     def close(self) -> Path | None:

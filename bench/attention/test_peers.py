@@ -8,6 +8,7 @@ then they take turns, on the device's clock. Rows go to the run's file under ben
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -123,7 +124,7 @@ class Kept(Report):
         }
         if columns.get("status") == "ok":
             if self.machine.on_cpu and self.memory and which != "backward":
-                peak = memory.peaks_mb(case, name, self.wholes).get(which)
+                peak = memory.peaks_mb(partial(memory.attention, case, name, self.wholes)).get(which)
             # Forward without a graph is timed by itself, backward and both in the same turns.
             whole = "forward" if which == "forward" else "both"
             if whole not in self.races:
