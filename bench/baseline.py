@@ -5,8 +5,9 @@
 
 Per call of `bench.calls`: ``flops`` of forward and backward by torch's counter, ``saved`` bytes for backward
 beyond inputs, ``ops`` that go through the dispatcher, and the ``peak`` of bytes allocated, scratch of the C++
-kernels included; on one thread, by the cpu backend with its AVX2 kernels. Where valgrind is, also the
-``instructions`` of attention's call, Python's included, within 3 %: they are those of one compiler.
+kernels included; of attention also the pairs of query and key ``visited``, masked or not. On one thread, by
+the cpu backend with its AVX2 kernels. Where valgrind is, also the ``instructions`` of each call, Python's
+included, within 3 %: they are those of one compiler.
 """
 
 from __future__ import annotations
@@ -40,8 +41,7 @@ ROOT = PATH.parent.parent
 SIZE = 192
 ISA = "avx2"
 TOLERANCE = 0.03
-# Whose instructions are counted: torch takes valgrind twenty seconds to load, and each call some more.
-INSTRUCTIONS = ("attention causal",)
+_PROBED = 8  # one position of so many: no tile is smaller
 _NOT_OPS = ("autograd::", "torch::autograd::")
 
 
@@ -67,7 +67,7 @@ def fixed() -> Iterator[None]:
 
 
 def count(name: str) -> dict[str, int]:
-    """flops, saved, ops and peak of one call, forward and backward, the second of its kind."""
+    """flops, saved, ops, peak and visited of one call, forward and backward, the second of its kind."""
     call = calls.make(name, SIZE)
     call.both()
     with FlopCounterMode(display=False) as counter:
@@ -81,7 +81,8 @@ def count(name: str) -> dict[str, int]:
             peak = max(peak, held)
         elif "::" in event.name() and not event.name().startswith(_NOT_OPS):
             ops += 1
-    return {"flops": counter.get_total_flops(), "saved": _saved(call), "ops": ops, "peak": peak}
+    found = {"flops": counter.get_total_flops(), "saved": _saved(call), "ops": ops, "peak": peak}
+    return found | ({"visited": visited(call)} if name.startswith("attention") else {})
 
 
 def _saved(call: calls.Call) -> int:
@@ -98,6 +99,42 @@ def _saved(call: calls.Call) -> int:
         call.function(*call.leaves)
     inputs = {x.untyped_storage().data_ptr() for x in call.leaves}
     return sum(size for address, size in found.items() if address not in inputs)
+
+
+def visited(call: calls.Call) -> int:
+    """Pairs of a query and a key that attention's kernels compute with, by their mark: 0 · NaN is NaN.
+
+    A NaN in a row of v reaches the output of each query that met its key, hidden by the mask or not; one in k
+    so the queries' gradient, and one in the output's gradient that of v. Tiles that are skipped show none.
+
+    Args:
+        call: whose leaves begin with q, k and v.
+    """
+    q, k, v, *others = (x.detach() for x in call.leaves)
+    kv_heads, probes = k.shape[1], range(_PROBED - 1, k.shape[2], _PROBED)
+
+    def rows(x: Tensor) -> int:
+        return int(x.isnan().any(-1).sum())
+
+    total = 0
+    for first in range(0, len(probes), kv_heads):
+
+        def marked(x: Tensor, positions: Sequence[int] = probes[first : first + kv_heads]) -> Tensor:
+            """A copy with a NaN at a position of its own for each head of keys."""
+            x = x.clone()
+            size = x.shape[1] // kv_heads
+            for head, at in enumerate(positions):
+                x[:, size * head : size * (head + 1), at] = float("nan")
+            return x
+
+        with torch.no_grad():
+            total += rows(call.function(q, k, marked(v), *others))
+        dout = torch.ones(*q.shape[:3], v.shape[3], dtype=q.dtype)
+        for key, reaching, wanted in ((marked(k), dout, 0), (k, marked(dout), 2)):
+            leaves = [x.clone().requires_grad_() for x in (q, key, v)]
+            out = call.function(*leaves, *others)
+            total += rows(torch.autograd.grad(out, leaves[wanted], reaching)[0])
+    return total
 
 
 _CLIENT = """
@@ -126,18 +163,18 @@ for name, call in made.items():
 """
 
 
-def missing_for_instructions() -> str | None:
-    """Why instructions can't be counted here; None where they can."""
+def missing_for_instructions() -> str:
+    """Why instructions can't be counted here; empty where they can."""
     if shutil.which("valgrind") is None:
         return "valgrind is not installed"
     if shutil.which("cc") is None or not Path("/usr/include/valgrind/callgrind.h").exists():
         return "valgrind's header, or a C compiler, is not installed"
     if _backends.unavailable("cpu"):
         return "the compiled kernels are not here"
-    return None
+    return ""
 
 
-def instructions(names: Sequence[str] = INSTRUCTIONS) -> dict[str, int]:
+def instructions(names: Sequence[str]) -> dict[str, int]:
     """Of one call each, forward and backward, the second of its kind, in a process under valgrind."""
     with tempfile.TemporaryDirectory() as folder:
         source, client = Path(folder) / "client.c", Path(folder) / "client.so"
@@ -195,12 +232,19 @@ def versions() -> dict[str, str]:
     }
 
 
+def instructions_not_comparable() -> str:
+    """Why instructions can't be held to the baseline here; empty where they can."""
+    kept, here = json.loads(PATH.read_text()), versions()
+    other = [f"{key} {kept[key]}, not {here[key]}" for key in here if here[key] != kept[key]]
+    return missing_for_instructions() or (f"the baseline is of {', '.join(other)}" if other else "")
+
+
 def measure() -> dict[str, Any]:
     """All there is to count of all calls."""
     with fixed():
         found = {name: count(name) for name in calls.here()}
-    if missing_for_instructions() is None:
-        for name, number in instructions().items():
+    if not missing_for_instructions():
+        for name, number in instructions(calls.here()).items():
             found[name]["instructions"] = number
     return {"size": SIZE, **versions(), "calls": found}
 

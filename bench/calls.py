@@ -22,17 +22,14 @@ class Call:
 
     Attributes:
         function: of `leaves`.
-        leaves: what gradients are of; without any, forward alone is run.
+        leaves: what gradients are of.
+        trains: whether there are any; else `both` runs forward alone.
     """
 
     function: Callable[..., Tensor]
     leaves: list[Tensor]
     trains: bool = True
-
-    def __post_init__(self) -> None:
-        with torch.no_grad():
-            shown = self.function(*self.leaves)
-        self.dout = torch.ones_like(shown)
+    _dout: Tensor | None = None
 
     def forward(self) -> Tensor:
         with torch.no_grad():
@@ -40,7 +37,17 @@ class Call:
 
     def both(self) -> list[Tensor]:
         out = self.function(*self.leaves)
-        return list(torch.autograd.grad(out, self.leaves, self.dout)) if self.trains else [out]
+        if not self.trains:
+            return [out]
+        if self._dout is None:
+            draws = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+            self._dout = draws.to(self.leaves[0].dtype).to(out.dtype) if out.dim() else torch.ones_like(out)
+        return list(torch.autograd.grad(out, self.leaves, self._dout))
+
+    def exact(self) -> Call:
+        """The same in float64; of a call that has not run yet."""
+        wide = [x.detach().double().requires_grad_(x.requires_grad) for x in self.leaves]
+        return Call(self.function, wide, self.trains)
 
 
 def _normal(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, grad: bool = True) -> list[Tensor]:
@@ -53,7 +60,8 @@ def _qkv(size: int, heads: int = 4, kv_heads: int = 4, dtype: torch.dtype = torc
     return _normal(*shapes, dtype=dtype)
 
 
-def _attention(size: int, **options: Any) -> Call:
+def attention(size: int, **options: Any) -> Call:
+    """Attention of four heads of 64 with some of its options."""
     return Call(lambda q, k, v: fastattn.attention(q, k, v, **options), _qkv(size))
 
 
@@ -65,10 +73,10 @@ def _grouped(size: int, dtype: torch.dtype = torch.bfloat16) -> Call:
 def _bias(size: int) -> Call:
     (bias,) = _normal((1, 4, size, size))
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return fastattn.attention(q, k, v, mask=fastattn.causal(), bias=bias)
 
-    return Call(attention, [*_qkv(size), bias])
+    return Call(biased, [*_qkv(size), bias])
 
 
 def _decode(size: int) -> Call:
@@ -123,16 +131,30 @@ def _embedding(size: int) -> Call:
     return Call(lambda w, p: fastattn.embedding(ids, w, p), _normal((1009, 128), (size, 128)))
 
 
+def _adamw(size: int) -> Call:
+    weight, grad = _normal((size, 768), (size, 768), grad=False)
+    optimizers: dict[torch.dtype, torch.optim.Optimizer] = {}
+
+    def step(weight: Tensor, grad: Tensor) -> Tensor:
+        if weight.dtype not in optimizers:
+            optimizers[weight.dtype] = fastattn.optim.AdamW([weight], lr=1e-2, max_norm=1.0)
+        weight.grad = grad
+        optimizers[weight.dtype].step()
+        return weight
+
+    return Call(step, [weight, grad], trains=False)
+
+
 # By name, whose first word is the operation: the public function it needs, and the call of a size.
 CALLS: dict[str, tuple[str, Callable[[int], Call]]] = {
-    "attention causal": ("attention", lambda n: _attention(n, mask=fastattn.causal())),
-    "attention full": ("attention", _attention),
-    "attention dropout": ("attention", lambda n: _attention(n, mask=fastattn.causal(), dropout=0.1, seed=7)),
+    "attention causal": ("attention", lambda n: attention(n, mask=fastattn.causal())),
+    "attention full": ("attention", attention),
+    "attention dropout": ("attention", lambda n: attention(n, mask=fastattn.causal(), dropout=0.1, seed=7)),
     "attention window grouped bfloat16": ("attention", _grouped),
     "attention bias": ("attention", _bias),
     "attention alibi": (
         "attention",
-        lambda n: _attention(
+        lambda n: attention(
             n, mask=fastattn.causal(), bias=fastattn.alibi(torch.tensor([0.5, 0.25, 0.1, 0.05]))
         ),
     ),
@@ -145,6 +167,7 @@ CALLS: dict[str, tuple[str, Callable[[int], Call]]] = {
     "layer_norm": ("layer_norm", _layer_norm),
     "rms_norm": ("rms_norm", _rms_norm),
     "embedding": ("embedding", _embedding),
+    "adamw": ("optim", _adamw),
 }
 
 

@@ -80,15 +80,19 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
     if config.getoption("--device") == "cuda":
         raise pytest.UsageError("--against a commit measures the CPU; take a file for a GPU")
+    for option in ("--dtype", "--head-dim", "--mask", "--peers", "--all-cases", "--no-memory"):
+        if config.getoption(option):
+            raise pytest.UsageError(f"{option}: expected without --against a commit, which has its own calls")
     config._do_configure()
     sizes = [int(n) for n in words(config, "--length") or [str(paired.SIZE)]]
     passes = words(config, "passes") or ["forward", "both"]
     try:
-        paired.compare(ref, print, words(config, "--op"), sizes, passes, config.getoption("--seconds"))
+        seconds = config.getoption("--seconds")
+        pairs = paired.compare(ref, print, words(config, "--op"), sizes, passes, seconds)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
     print(f"{len(RUN.rows)} rows in {RUN.close()}")
-    return 0
+    return int(any(pair.wrong for pair in pairs))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

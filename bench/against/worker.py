@@ -4,7 +4,8 @@
 
 imports fastattn from the checkout ROOT, and `bench.calls` from the checkout that this file is of, so that
 both versions run the same calls. A line of JSON on stdin is answered by one on stdout: ``{"call", "size",
-"pass"}`` prepares and answers what came out; ``{"repeat"}`` runs that so often and answers the seconds.
+"pass"}`` prepares a call, and with ``"save"`` writes there what came out of its second run; ``{"repeat"}``
+runs it so often and answers the seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def main() -> None:
@@ -42,8 +45,9 @@ def main() -> None:
             prepared = call.forward if order["pass"] == "forward" else call.both
             prepared()
             found = prepared()
-            tensors = found if isinstance(found, list) else [found]
-            answer = {"norms": [float(x.double().norm()) for x in tensors]}
+            if "save" in order:
+                torch.save([x.detach() for x in found] if isinstance(found, list) else [found], order["save"])
+            answer = {}
         print(json.dumps(answer), flush=True)
 
 
