@@ -104,7 +104,7 @@ class Problem:
         """What is held to float64 in its place: without dropout, where each draws in a way of its own."""
         return replace(self, dropout=0.0) if getattr(self, "dropout", 0.0) else self
 
-    def columns(self) -> dict[str, Any]:
+    def row(self) -> dict[str, Any]:
         """Those of a row that say what the problem is."""
         own = {one.name: getattr(self, one.name) for one in fields(self)}
         own["dtype"] = str(self.dtype).removeprefix("torch.")
@@ -147,6 +147,12 @@ def results(
     if not douts:
         douts.extend(arriving(outs))
     return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, douts)]
+
+
+def normal(device: torch.device, dtype: torch.dtype, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    """Tensors of normal numbers, by name, from a fixed seed."""
+    g = torch.Generator(device).manual_seed(0)
+    return {name: torch.randn(shape, generator=g, device=device).to(dtype) for name, shape in shapes.items()}
 
 
 def arriving(outs: Iterable[Tensor]) -> list[Tensor]:
@@ -326,7 +332,7 @@ class Contest:
 
     def _row(self, name: str, which: str, **found: Any) -> None:
         own = {"pass": which, "implementation": name, "version": version_of(name)}
-        self.rows.append(RUN.add(self.problem.columns() | own | {"isa": isa_of(name, RUN.device)} | found))
+        self.rows.append(RUN.add(self.problem.row() | own | {"isa": isa_of(name, RUN.device)} | found))
 
 
 def whole_of(race: Race, name: str, function: Function, whole: str) -> Callable[[], object]:

@@ -11,6 +11,7 @@ import operator
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -117,10 +118,10 @@ class Other:
     usual: bool = True
 
 
-_FUSED = ("linear", "mlp", "cross_entropy", "layer_norm", "rotary", "embedding")
+_PLAIN = ("linear", "mlp", "cross_entropy", "layer_norm", "embedding")
 OTHERS = {
-    "torch": Other("torch.nn.functional, torch.optim.AdamW(fused=True)", (*_FUSED, "adamw")),
-    "torch compiled": Other("torch.compile of that", _FUSED, usual=False),
+    "torch": Other("torch.nn.functional, torch.optim.AdamW(fused=True)", (*_PLAIN, "adamw")),
+    "torch compiled": Other("torch.compile of plain PyTorch", (*_PLAIN, "rotary"), usual=False),
     "transformers": Other("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", ("rotary",)),
     "liger": Other(
         "liger_kernel.transformers.functional",
@@ -130,6 +131,7 @@ OTHERS = {
 }
 
 
+@cache
 def liger(name: str) -> Callable[..., Any]:
     """A function of Liger's by its name, such as ``liger_rms_norm``.
 

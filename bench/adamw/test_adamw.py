@@ -1,10 +1,10 @@
-"""A step of AdamW over GPT-2's parameters, with clipping and without: ours against torch's fused one.
-
-Each run adds a row an implementation to bench/results/adamw.csv.
-"""
+"""A step of AdamW over GPT-2's parameters, with clipping and without: ours against torch's fused one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,42 +12,96 @@ import torch
 from torch import Tensor
 
 import fastattn
-from bench.side_by_side import CLOCK, keep, time_in_turns
-
-BLOCK = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,)]
-BLOCK += [(768,), (768,), (768, 3072), (3072,), (3072, 768), (768,)]
-SHAPES = [(50257, 768), (1024, 768), *12 * BLOCK, (768,), (768,)]
+from bench.contest import CLOCK, Problem, Race, normal
 
 
-def parameters(dtype: torch.dtype) -> list[Tensor]:
-    """GPT-2 124M's, with gradients."""
-    g = torch.Generator().manual_seed(0)
-    found = [torch.randn(shape, generator=g).to(dtype).requires_grad_() for shape in SHAPES]
-    for p in found:
-        p.grad = torch.randn(p.shape, generator=g).to(dtype)
-    return found
+@dataclass(frozen=True)
+class Case(Problem):
+    """The parameters of a GPT-2; gradients clipped to ``max_norm``, or not."""
+
+    op = "adamw"
+    passes = ("step",)
+    max_norm: float | None = 1.0
+    layers: int = 12
+    width: int = 768
+    vocabulary: int = 50257
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        n = self.width
+        attention = [(n,), (n,), (n, 3 * n), (3 * n,), (n, n), (n,)]
+        mlp = [(n,), (n,), (n, 4 * n), (4 * n,), (4 * n, n), (n,)]
+        return [(self.vocabulary, n), (1024, n), *self.layers * (attention + mlp), (n,), (n,)]
+
+    @property
+    def checked(self) -> Problem:
+        return replace(self, layers=1, vocabulary=64)
+
+    def race(self, device: torch.device) -> Race:
+        timed = {name: Step(self, name, device) for name in ("fastattn", "torch")}
+        if self != self.checked:  # too large to be held to float64
+            return Race({}, {name: partial(steps, self, name) for name in timed}, timed=timed)
+        named = {f"{kind}{i}": shape for kind in "pg" for i, shape in enumerate(self.shapes)}
+        functions = {name: partial(steps, self, name) for name in timed}
+        return Race(normal(device, self.dtype, **named), functions, partial(steps, self, "plain"), timed)
+
+    def bytes(self, which: str, race: Race, outs: Sequence[Tensor]) -> int:
+        """Parameters, gradients and two moments read, all but gradients written; a norm reads them before."""
+        passes = 7 if self.max_norm is None else 8
+        return passes * self.dtype.itemsize * sum(torch.Size(shape).numel() for shape in self.shapes)
+
+
+def stepper(case: Case, name: str, parameters: list[Tensor], lr: float = 1e-3) -> Callable[[], object]:
+    """A step of an optimizer over parameters that have gradients."""
+    if name == "fastattn":
+        return fastattn.optim.AdamW(parameters, lr, max_norm=case.max_norm).step
+    fused = name == "torch"
+    optimizer = torch.optim.AdamW(parameters, lr, fused=fused, foreach=False if fused is False else None)
+
+    def step() -> None:
+        if case.max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, case.max_norm, foreach=True if fused else None)
+        optimizer.step()
+
+    return step
+
+
+def steps(case: Case, name: str, *leaves: Tensor) -> list[Tensor]:
+    """Three steps from parameters and gradients, the first and the second half of `leaves`.
+
+    The learning rate is large, so that an error in the direction shows beside the parameters' own size.
+    """
+    half = len(leaves) // 2
+    parameters = [x.detach().clone().requires_grad_() for x in leaves[:half]]
+    for p, g in zip(parameters, leaves[half:], strict=True):
+        p.grad = g.detach().clone()
+    step = stepper(case, name, parameters, lr=0.1)
+    for _ in range(3):
+        step()
+    return [p.detach() for p in parameters]
+
+
+class Step:
+    """Steps over parameters of its own, which the first call makes."""
+
+    def __init__(self, case: Case, name: str, device: torch.device) -> None:
+        self.given: tuple[Any, ...] = (case, name, device)
+        self.step: Callable[[], object] | None = None
+
+    def __call__(self) -> None:
+        if self.step is None:
+            case, name, device = self.given
+            parameters = normal(device, case.dtype, **{str(i): x for i, x in enumerate(case.shapes)}).values()
+            for p in parameters:
+                p.grad = torch.randn_like(p)
+            self.step = stepper(case, name, [p.requires_grad_() for p in parameters])
+        self.step()
+
+
+CASES = [Case(), Case(max_norm=None)]
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("max_norm", [1.0, None])
-def test_step(benchmark: Any, max_norm: float | None) -> None:
-    ours, theirs = parameters(torch.float32), parameters(torch.float32)
-    optimizer = fastattn.optim.AdamW(ours, max_norm=max_norm)
-    fused = torch.optim.AdamW(theirs, fused=True)
-
-    def torch_step() -> None:
-        if max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(theirs, max_norm, foreach=True)
-        fused.step()
-
-    optimizer.step()
-    torch_step()
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-    columns = {"dtype": "float32", "parameters": sum(p.numel() for p in ours), "max_norm": max_norm}
-    keep(
-        "adamw.csv",
-        benchmark,
-        columns,
-        time_in_turns({"fastattn": optimizer.step, "torch": torch_step}, 10.0),
-    )
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_step(case: Case, compete: Callable[[Problem], None]) -> None:
+    compete(case)

@@ -1,11 +1,9 @@
-"""Tokens, positions and dropout of GPT-2 in one pass: against torch's three.
-
-Each run adds a row an implementation to bench/results/embedding.csv.
-"""
+"""Tokens, positions and dropout of GPT-2 in one pass: against torch's three."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,33 +11,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from bench.side_by_side import CLOCK, forward_and_backward, keep, leaves, time_in_turns
+from bench.contest import CLOCK, Problem, Race, normal
+
+
+@dataclass(frozen=True)
+class Case(Problem):
+    """``rows`` tokens of a vocabulary of ``vocab``, the first positions, and vectors of ``columns``."""
+
+    op = "embedding"
+    dropout: float = 0.1
+    rows: int = 1024
+    vocab: int = 50257
+    columns: int = 768
+
+    def race(self, device: torch.device) -> Race:
+        shapes = {"weight": (self.vocab, self.columns), "position_weight": (self.rows, self.columns)}
+        g = torch.Generator(device).manual_seed(1)
+        ids = torch.randint(self.vocab, (1, self.rows), generator=g, device=device)
+        places = torch.arange(self.rows, device=device)
+
+        def ours(weight: Tensor, position_weight: Tensor) -> Tensor:
+            return fastattn.embedding(ids, weight, position_weight, dropout=self.dropout)
+
+        def theirs(weight: Tensor, position_weight: Tensor) -> Tensor:
+            return F.dropout(F.embedding(ids, weight) + F.embedding(places, position_weight), self.dropout)
+
+        return Race(normal(device, self.dtype, **shapes), {"fastattn": ours, "torch": theirs})
+
+    def bytes(self, which: str, race: Race, outs: Sequence[Tensor]) -> int:
+        """Forward two rows read and one written; backward one read, and the tables' gradients written."""
+        row = sum(out.nbytes for out in outs)
+        backward = row + sum(x.nbytes for x in race.tensors)
+        return {"forward": 3 * row, "backward": backward, "both": 3 * row + backward}[which]
+
+
+CASES = [Case(), Case(dropout=0.0)]
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("passes", ["forward", "both"])
-@pytest.mark.parametrize("dropout", [0.1, 0.0])
-def test_embedding(benchmark: Any, dropout: float, passes: str) -> None:
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(50257, (1, 1024), generator=g)
-    tables = torch.randn(50257, 768, generator=g), torch.randn(1024, 768, generator=g)
-    places = torch.arange(1024)
-
-    def ours(weight: Tensor, position_weight: Tensor) -> Tensor:
-        return fastattn.embedding(ids, weight, position_weight, dropout=dropout)
-
-    def theirs(weight: Tensor, position_weight: Tensor) -> Tensor:
-        return F.dropout(F.embedding(ids, weight) + F.embedding(places, position_weight), dropout)
-
-    # Without dropout: theirs draws in its own way.
-    exact = tables[0][ids].double() + tables[1].double()
-    torch.testing.assert_close(fastattn.embedding(ids, *tables).double(), exact, atol=1e-6, rtol=1e-6)
-    functions = {"fastattn": ours, "torch": theirs}
-    if passes == "both":
-        runs: dict[str, Any] = {
-            name: forward_and_backward(f, leaves(tables)) for name, f in functions.items()
-        }
-    else:
-        runs = {name: lambda f=f: f(*tables) for name, f in functions.items()}
-    columns = {"passes": passes, "dtype": "float32", "rows": 1024, "vocab": 50257, "columns": 768}
-    keep("embedding.csv", benchmark, columns | {"dropout": dropout}, time_in_turns(runs))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_embedding(case: Case, compete: Callable[[Problem], None]) -> None:
+    compete(case)

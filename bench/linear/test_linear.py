@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from bench.contest import CLOCK, Problem, Race
+from bench.contest import CLOCK, Function, Problem, Race, normal
 from fastattn import _backends
 from fastattn.ops.linear import cpu
 
@@ -31,15 +30,11 @@ class Case(Problem):
     out_features: int = 3072
 
     def race(self, device: torch.device) -> Race:
-        g = torch.Generator(device).manual_seed(0)
-        x, weight = (
-            torch.randn(size, self.in_features, generator=g, device=device).to(self.dtype)
-            for size in (self.rows, self.out_features)
-        )
-        functions: dict[str, Callable[..., Any]] = {"fastattn": fastattn.linear, "torch": F.linear}
+        shapes = {"x": (self.rows, self.in_features), "weight": (self.out_features, self.in_features)}
+        functions: dict[str, Function] = {"fastattn": fastattn.linear, "torch": F.linear}
         if device.type == "cpu" and not _backends.unavailable("cpu"):
             functions["fastattn packed"] = self.packed
-        return Race({"x": x, "weight": weight}, functions, forward_only=("fastattn packed",))
+        return Race(normal(device, self.dtype, **shapes), functions, forward_only=("fastattn packed",))
 
     def packed(self, x: Tensor, weight: Tensor) -> Tensor:
         return cpu.gemm(x, weight.t(), x.new_empty(self.rows, self.out_features))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,26 @@ def test_peers_are_chosen_by_name(held: Run) -> None:
     assert "torch compiled" not in held(Triple()).functions
     with pytest.raises(ValueError, match=r"expected peers among .*; got nobody"):
         held(Triple(), **{"--peers": "nobody"})
+
+
+SUITES = ("linear", "mlp", "cross_entropy", "layer_norm", "rotary", "embedding", "adamw")
+SMALL = {
+    **{"rows": 20, "width": 48, "hidden": 64, "vocabulary": 99, "vocab": 99, "columns": 40, "layers": 1},
+    **{"in_features": 33, "out_features": 65, "length": 9, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_suites_cases(held: Run, suite: str) -> None:
+    """Small ones: each implementation that is here is right, and every pass has its rows."""
+    for case in importlib.import_module(f"bench.{suite}.test_{suite}").CASES:
+        sizes = {name: size for name, size in SMALL.items() if name in case.__dataclass_fields__}
+        problem = replace(case, **sizes)
+        done = held(problem)
+        done.run()
+        assert {row["pass"] for row in done.rows} == set(problem.passes)
+        assert {row["implementation"] for row in done.rows if row["status"] == "ok"} == set(done.functions)
+        assert all(row["bytes"] > 0 for row in done.rows if row["status"] == "ok")
 
 
 def test_a_ceiling_of_other_instructions_is_none(held: Run) -> None:
