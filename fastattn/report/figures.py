@@ -26,7 +26,7 @@ from fastattn.report.rows import OURS, Row, grouped, is_ours, latest, ours_of, s
 
 # In the order of the plots; what is not named here comes last.
 PASSES: Final = ("forward", "backward", "both", "step", "product")
-_PASS_NAMES: Final = {"both": "forward + backward", "step": "training step"}
+_PASS_NAMES: Final = {"both": "forward + backward"}
 _CEILINGS: Final = {
     "fma": ("multiply-adds of all threads", COLORS[0]),
     "matmul": ("a bfloat16 matrix product", COLORS[4]),

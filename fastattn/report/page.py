@@ -21,7 +21,10 @@ _CSS: Final = Path(__file__).with_name("page.css")
 def html_page(found: Found, parts: Sequence[Section], heads: Sequence[Headline]) -> str:
     """The whole page; light or dark as the reader's system is."""
     links = "".join(f'<a href="#{part.name}">{html.escape(part.title)}</a>' for part in parts)
-    cards = "".join(f"<li><b>{_text(head.number)}</b> {_text(head.what)}</li>" for head in heads)
+    cards = "".join(
+        f"<li><b>{_text(head.number)}</b> <strong>{_text(head.of)}</strong> {_text(head.what)}</li>"
+        for head in heads
+    )
     body = "".join(_html_section(part) for part in parts)
     about = "".join(f"<p>{_text(line)}</p>" for line in about_lines(found))
     return (
@@ -39,7 +42,7 @@ def markdown_page(found: Found, parts: Sequence[Section], heads: Sequence[Headli
     """The same in Markdown; figures are PNG files beside it, named as their pictures are."""
     blocks = [f"# {_TITLE}", *about_lines(found)]
     if heads:
-        blocks.append("\n".join(f"- **{head.number}** {head.what}" for head in heads))
+        blocks.append("\n".join(f"- **{head.number}** {head.of}, {head.what}" for head in heads))
     for part in parts:
         blocks += [f"## {part.title}", *part.words]
         blocks += [f"![{picture.label}]({picture.name}.png)" for picture in part.pictures]

@@ -53,9 +53,10 @@ class Section:
 
 
 class Headline(NamedTuple):
-    """A number to be seen first, and what it is of."""
+    """A number to be seen first, what it is of, and under which conditions."""
 
     number: str
+    of: str
     what: str
 
 
@@ -95,11 +96,10 @@ def headlines(found: Found) -> list[Headline]:
         ratio = (best.p50_ms or 0.0) / (ours.p50_ms or 1.0)
         length = f"{ours.length:,} tokens" if ours.length else ""
         who = ours.implementation if ours.implementation != OURS else ""
-        kind = (ours.op, who, figures.pass_name(ours.passes))
-        words = (*kind, ours.title, length, ours.dtype, str(ours.machine))
+        words = (who, ours.title, length, ours.dtype, str(ours.machine))
         of = f", the fastest of {len(peers)} peers" if len(peers) > 1 else ""
-        what = f"as fast as {best.name}{of}: {', '.join(word for word in words if word)}"
-        made.append(Headline(f"{ratio:.2f}×", what))
+        what = f"over {best.name}{of}: {', '.join(word for word in words if word)}"
+        made.append(Headline(f"{ratio:.2f}×", f"{ours.op}, {figures.pass_name(ours.passes)}", what))
     for result in _searches(found.results):
         rows = result["implementations"]
         known = [
@@ -107,9 +107,7 @@ def headlines(found: Found) -> list[Headline]:
         ]
         if known:
             longest, name = max(known)
-            made.append(
-                Headline(f"{longest:,}", f"tokens of context train with {name}: {_search_title(result)}")
-            )
+            made.append(Headline(f"{longest:,}", "tokens of context", f"{name}: {_search_title(result)}"))
     return made
 
 
