@@ -112,9 +112,11 @@ class Row:
     @property
     def name(self) -> str:
         """Who, for people; of torch's attention also which of its kernels."""
-        kernel = re.match(r"(?:sdpa:)?([a-z]+)$", self.kernel)
-        named = kernel and self.implementation.startswith("sdpa") and kernel[1] not in self.implementation
-        return f"{self.implementation} ({kernel[1]})" if kernel and named else self.implementation
+        found = re.match(r"sdpa:([a-z]+)|([a-z]+)$", self.kernel)
+        kernel = (found[1] or found[2]) if found and self.implementation.startswith("sdpa") else ""
+        return (
+            f"{self.implementation} ({kernel})" if kernel not in self.implementation else self.implementation
+        )
 
     @property
     def title(self) -> str:
@@ -123,7 +125,7 @@ class Row:
         mask = {"none": "no mask"}.get(self.mask, self.mask)
         parts = [
             f"batch {self.batch}" if self.batch != 1 else "",
-            f"{heads} of {self.head_dim}" if heads and self.head_dim and not self.model else "",
+            "" if self.model else " of ".join(part for part in (heads, str(self.head_dim or "")) if part),
             "" if self.model or self.case.startswith(f"{mask} ") else mask,  # as of "window 512"
             self.case,
         ]
@@ -385,7 +387,7 @@ def _gpu(row: Mapping[str, str], name: str) -> Row:
         op, mask, case, model = "gpt2", "causal", f"{model_title('gpt2')}, dropout 0.1", "gpt2"
         implementation = _TRAINED.get(implementation, implementation)
     elif step.startswith("decode"):
-        op, case = "decode", kind
+        op, case = "decode", re.sub(r"decode \d+:\d+ D\d+ ?", "", kind)
     elif step == "launch":
         op, mask, case = "launch", "causal", "the host's time for a call"
     else:

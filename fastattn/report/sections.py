@@ -78,8 +78,7 @@ def sections(found: Found) -> list[Section]:
     return [part for part in parts if part]
 
 
-# A headline's problem: of these dtypes and passes the first that was measured.
-_DTYPES: Final = {"cpu": "float32", "cuda": "bfloat16"}
+# A headline's problem: of these passes the first that was measured.
 _PASSES: Final = ("both", "step", "forward")
 
 
@@ -115,7 +114,7 @@ def _headline_rank(ours: Row) -> tuple[Any, ...]:
     """By what was asked, never by how fast it was: the usual dtype and pass, plain, the last run, longest."""
     plain = ours.op != "attention" or (ours.mask == "causal" and not ours.case)
     passes = -_PASSES.index(ours.passes) if ours.passes in _PASSES else -len(_PASSES)
-    usual = ours.dtype == _DTYPES[ours.machine.device]
+    usual = ours.dtype == ("bfloat16" if ours.machine.device == "cuda" else "float32")
     heads = int(ours.heads.partition(":")[0] or 0)
     size = (ours.length or 0, ours.batch, heads, ours.head_dim or 0, ours.case)
     return (ours.implementation == OURS, usual, passes, plain, ours.date, *size)
@@ -165,8 +164,9 @@ def _speed(rows: Iterable[Row]) -> Section:
         "speed",
         "Speed by length",
         [
-            "Floating-point operations of the mathematics a second: what a mask hides is not counted. Where "
-            "none are counted, bytes. Up is better. Bands: the 20th to the 80th percentile of the rounds."
+            "Floating-point operations of the mathematics a second: what a mask hides is not counted. Of "
+            "what is nearer to the memory's limit, bytes that have to be moved. Up is better. Bands: the 20th "
+            "to the 80th percentile of the rounds."
         ],
     )
     return _by_length(section, rows, figures.speed_by_length, "Speed by length")

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("matplotlib")
+
 from matplotlib.figure import Figure
 
 from fastattn import report

@@ -99,6 +99,24 @@ def test_no_panel_of_a_speed_plot_is_dropped(tmp_path: Path) -> None:
     assert [list(line.get_xdata()) for line in lines] == [[4096], [512, 2048], [512, 2048, 4096]]
 
 
+def test_speed_is_of_what_the_machine_is_short_of(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    run.ceilings = {"fma": 10_000.0, "copy": 1.0}
+    for length in (512, 1024):
+        attention(run, {"fastattn": 10.0}, length=length)
+        attention(run, {"fastattn": 10.0}, length=length, dtype=torch.bfloat16)
+    run.close()
+    found = rows.read_folder(tmp_path).rows
+    figure = figures.speed_by_length([row for row in found if row.dtype == "float32"])
+    assert figure is not None and figure.axes[0].get_ylabel() == "GB/s"
+    # of a CPU's float32 multiply-adds, what is in bfloat16 is no share
+    run = begin(tmp_path / "more")
+    run.ceilings = {"fma": 100.0}
+    attention(run, {"fastattn": 10.0}, length=1024, dtype=torch.bfloat16)
+    run.close()
+    assert figures.share_of_ceiling(rows.read_folder(tmp_path / "more").rows) is None
+
+
 def test_memory_of_different_problems_is_on_different_lines(tmp_path: Path) -> None:
     run = begin(tmp_path)
     for length in (1024, 2048):
