@@ -165,8 +165,8 @@ def _speed(rows: Iterable[Row]) -> Section:
         "Speed by length",
         [
             "Floating-point operations of the mathematics a second: what a mask hides is not counted. Of "
-            "what is nearer to the memory's limit, bytes that have to be moved. Up is better. Bands: the 20th "
-            "to the 80th percentile of the rounds."
+            "what is nearer to the memory's limit, bytes that have to be moved. Up is better. Bands: the "
+            "20th to the 80th percentile of the rounds."
         ],
     )
     return _by_length(section, rows, figures.speed_by_length, "Speed by length")
