@@ -74,6 +74,10 @@ def test_the_search_ends_at_the_longest_asked_for_and_at_a_failure() -> None:
     found = search(probe_of(0, 1, 0, GB, tried), Found(GB, 4096), 512, lambda: 1e9)
     assert found.edge == "run" and found.longest is not None and found.longest.context == 4096
 
+    # what is asked for need not be on the grid: 49,152 is the last context below 50,000
+    found = search(probe_of(0, 1, 0, GB, tried), Found(GB, 50_000), 512, lambda: 1e9)
+    assert found.edge == "run" and found.longest is not None and found.longest.context == 49_152
+
     found = search(lambda t: Point(t, "failed", reason="why"), Found(GB, 4096), 512, lambda: 1e9)
     assert found.edge == "none" and len(found.points) == 1
 

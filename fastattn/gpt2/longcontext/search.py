@@ -42,7 +42,7 @@ class Found:
 
     Attributes:
         points: every context that was tried, in the order of trying.
-        most: no context above this was asked for.
+        most: no context above this was asked for; what is tried is on the grid below it.
         budget: bytes.
     """
 
@@ -74,10 +74,10 @@ class Found:
 
     @property
     def edge(self) -> Literal["run", "extrapolated", "none"]:
-        """ "run" where `longest` and the failure of the next context of the grid were both run."""
+        """ "run" where the next context of the grid behind `longest` was run too, or is beyond `most`."""
         if self.longest is None:
             return "none"
-        if self.longest.context >= self.most:
+        if self.longest.context >= on_grid(self.most):
             return "run"
         close = self.refused is not None and above(self.longest.context) >= self.refused.context
         return "run" if close else "extrapolated"
