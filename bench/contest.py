@@ -47,8 +47,10 @@ class Race:
         plain: the mathematics in plain torch, for any dtype: the truth in float64, and what ``torch
             compiled`` compiles. The function ``torch`` if not given.
         timed: by name, what is timed in the place of a function: a step, which has a state.
-        beside: timed in turns with the others and held to nothing, as it computes something else.
+        beside: timed in turns with the others and held to nothing, as it computes something else, or so only
+            roughly.
         forward_only: names of functions that have no gradient.
+        compiled: whether ``torch compiled`` is among the functions.
     """
 
     leaves: dict[str, Tensor]
@@ -57,10 +59,11 @@ class Race:
     timed: dict[str, Callable[[], object]] = field(default_factory=dict)
     beside: dict[str, Function] = field(default_factory=dict)
     forward_only: Sequence[str] = ()
+    compiled: bool = True
 
     def __post_init__(self) -> None:
         self.plain = self.plain or self.functions["torch"]
-        if not self.timed:
+        if self.compiled and not self.timed:
             self.functions = self.functions | {"torch compiled": _compiled(self.plain)}
         for leaf in self.leaves.values():
             leaf.requires_grad_(not self.timed)
@@ -272,7 +275,10 @@ class Contest:
             except Exception as failure:  # as for memory, now that all the others' are there
                 del runs[name]
                 self._refuse(name, parts, failure)
-        outs = [] if whole == "step" else results(self.race.plain, self.race.tensors, False)
+        if not runs:
+            return
+        shown = self.functions["fastattn" if "fastattn" in runs else next(iter(runs))]
+        outs = [] if whole == "step" else results(shown, self.race.tensors, False)
         number = RUN.next_race()
         for name, taken in interleaved(self.machine, runs, seconds).items():
             times = dict(zip(parts[:1], taken, strict=False))
@@ -315,7 +321,7 @@ class Contest:
             which,
             race=race,
             status=OK,
-            note="computes something else: timed for comparison" if beside else self.note,
+            note="not held to float64: timed for comparison" if beside else self.note,
             kernel=entrant.kernel,
             error_of_budget=None if entrant.error is None else round(entrant.error, 3),
             peak_mb=entrant.peak_mb if which != "backward" else None,

@@ -120,8 +120,8 @@ class Other:
 
 _PLAIN = ("linear", "mlp", "cross_entropy", "layer_norm", "embedding")
 OTHERS = {
-    "torch": Other("torch.nn.functional, torch.optim.AdamW(fused=True)", (*_PLAIN, "adamw")),
-    "torch compiled": Other("torch.compile of plain PyTorch", (*_PLAIN, "rotary"), usual=False),
+    "torch": Other("torch.nn.functional, torch.optim.AdamW(fused=True)", ("attention", *_PLAIN, "adamw")),
+    "torch compiled": Other("torch.compile of plain PyTorch", ("attention", *_PLAIN, "rotary"), usual=False),
     "transformers": Other("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", ("rotary",)),
     "liger": Other(
         "liger_kernel.transformers.functional",

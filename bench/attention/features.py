@@ -6,8 +6,7 @@ flex_attention has no backward on CPU, and jagged nested tensors no causal kerne
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,75 +14,103 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
+from bench import rows
+from bench.contest import Problem, Race
 
-HEADS, DIM = 12, 64
 Attention = Callable[..., Tensor]
+WINDOW, DOCUMENTS, BLOCK, CAP = 512, 8, 128, 30.0
+# Where float64 takes longer than the race, what is checked is a shorter one.
+CHECKED_AT = 1024
+PRODUCTS = {"forward": 2, "backward": 5, "both": 7}
 
 
-@dataclass
-class Race:
-    """One problem, ours and the others.
+@dataclass(frozen=True)
+class Feature(Problem):
+    """Forward and backward with one feature, of the name of a function in `RACES`."""
 
-    Attributes:
-        leaves: q, k, v, and what else gets a gradient.
-        options: of `fastattn.attention`; ``bias`` is left out where it is a leaf.
-        peers: the same from the same leaves by other means.
-        baselines: what is compared with and computes something else: our own dense attention.
-    """
+    op = "attention"
+    passes = ("both",)
+    feature: str
+    mask: str = "causal"
+    length: int = 4096
+    batch: int = 1
+    heads: int = 12
+    kv_heads: int = 12
+    head_dim: int = 64
 
-    leaves: list[Tensor]
-    options: dict[str, Any]
-    peers: dict[str, Attention]
-    baselines: dict[str, Attention] = field(default_factory=dict)
+    def race(self, device: torch.device) -> Race:
+        return RACES[self.feature](self, device)
 
-    def ours(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        options = self.options if bias is None else self.options | {"bias": bias}
-        found = fastattn.attention(q, k, v, backend="cpu", **options)
+    @property
+    def checked(self) -> Problem:
+        return replace(self, length=min(self.length, CHECKED_AT))
+
+    def flops(self, which: str) -> int:
+        n, w = self.length, min(WINDOW, self.length)
+        kept = {"window": w * n - w * (w - 1) / 2, "documents": n * n / DOCUMENTS / 2, "blocks": n * n / 4}
+        pairs = kept.get(self.mask, n * n / 2)
+        return int(2 * PRODUCTS[which] * pairs * self.head_dim * self.heads)
+
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """q, k and v."""
+        heads = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads}
+        shapes = {name: (self.batch, n, self.length, self.head_dim) for name, n in heads.items()}
+        return {name: normal(i, device, *shape) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def normal(seed: int, device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
+def ours(**options: Any) -> Attention:
+    """`fastattn.attention` with options; a fourth leaf is the bias."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
+        found = fastattn.attention(q, k, v, **options | ({"bias": bias[0]} if bias else {}))
         assert isinstance(found, Tensor)
         return found
 
-
-def inputs(length: int, kv_heads: int = HEADS) -> list[Tensor]:
-    g = torch.Generator().manual_seed(0)
-    heads = (HEADS, kv_heads, kv_heads)
-    return [torch.randn(1, h, length, DIM, generator=g).requires_grad_() for h in heads]
+    return attention
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, **options)
+def sdpa(**options: Any) -> Attention:
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options)
 
 
-def eager(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor | None = None, cap: float | None = None
-) -> Tensor:
-    """The equation, as model code has it."""
-    scores = q @ k.transpose(-1, -2) * DIM**-0.5
-    if cap is not None:
-        scores = cap * torch.tanh(scores / cap)
-    if bias is not None:
-        scores = scores + bias
-    return torch.softmax(scores.masked_fill(~keep, float("-inf")), -1) @ v
+def textbook(keep: Tensor, slopes: Tensor | None = None, cap: float | None = None) -> Attention:
+    """The equation, as model code has it; a fourth leaf is the bias, or ALiBi's is made of its slopes."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        if group > 1:
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = q @ k.transpose(-1, -2) * q.shape[3] ** -0.5
+        if cap is not None:
+            scores = cap * torch.tanh(scores / cap)
+        if bias:
+            scores = scores + bias[0]
+        if slopes is not None:
+            place = torch.arange(q.shape[2], device=q.device, dtype=q.dtype)
+            scores = scores + slopes.to(q.dtype)[:, None, None] * (place - place[:, None])
+        return torch.softmax(scores.masked_fill(~keep, float("-inf")), -1) @ v
+
+    return attention
 
 
-@cache
-def compiled_eager() -> Attention:
-    """The same through Inductor, which fuses all between the two matrix products."""
-    compiled: Attention = torch.compile(eager, dynamic=False)
-    return compiled
+def low(length: int, device: torch.device) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
 
 
-def low(length: int) -> Tensor:
-    return torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-
-
-def window(length: int) -> Race:
-    """An eighth of the length: 512 of 4,096."""
-    size = length // 8
-    keep = low(length) & torch.ones(length, length, dtype=torch.bool).triu(1 - size)
+def window(case: Feature, device: torch.device) -> Race:
+    """Of the last 512 keys."""
+    length, size = case.length, WINDOW
+    place = torch.arange(length, device=device)
+    keep = low(length, device) & (place[:, None] - place < size)
     # Of a block of queries and the keys of the block before it and its own.
-    i, j = torch.arange(size)[:, None], torch.arange(2 * size)
+    i, j = torch.arange(size, device=device)[:, None], torch.arange(2 * size, device=device)
     near = (j > i) & (j <= i + size)
-    near = near & ((torch.arange(length // size)[:, None, None, None] > 0) | (j >= size))
+    first = torch.arange(length // size, device=device)[:, None, None, None] == 0
+    near = near & (~first | (j >= size))
 
     def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def two(x: Tensor) -> Tensor:
@@ -91,101 +118,111 @@ def window(length: int) -> Race:
             return found.permute(1, 0, 3, 2)
 
         blocks = q[0].unflatten(1, (-1, size)).transpose(0, 1)  # [blocks, H, size, D]
-        return sdpa(blocks, two(k), two(v), attn_mask=near).transpose(0, 1).flatten(1, 2)[None]
+        return sdpa(attn_mask=near)(blocks, two(k), two(v)).transpose(0, 1).flatten(1, 2)[None]
 
-    peers = {
-        "sdpa, dense mask": lambda q, k, v: sdpa(q, k, v, attn_mask=keep),
+    functions = {
+        "fastattn": ours(mask=fastattn.sliding_window(size - 1, 0)),
+        "sdpa, dense mask": sdpa(attn_mask=keep),
         "sdpa, blocks of two windows": in_blocks,
     }
-    return Race(inputs(length), {"mask": fastattn.sliding_window(size - 1, 0)}, peers)
+    return Race(case.inputs(device), functions, textbook(keep))
 
 
-def bias_with_gradient(length: int) -> Race:
-    keep = low(length)
-    bias = torch.randn(1, HEADS, length, length, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    peers = {
-        "sdpa": lambda q, k, v, b: sdpa(q, k, v, attn_mask=b.masked_fill(~keep, float("-inf"))),
-        "eager": lambda q, k, v, b: eager(q, k, v, keep, b),
-        "eager, compiled": lambda q, k, v, b: compiled_eager()(q, k, v, keep, b),
+def bias_with_gradient(case: Feature, device: torch.device) -> Race:
+    """Dense, [1, H, L, L]."""
+    keep = low(case.length, device)
+    functions = {
+        "fastattn": ours(mask=fastattn.causal()),
+        "sdpa": lambda q, k, v, b: sdpa(attn_mask=b.masked_fill(~keep, float("-inf")))(q, k, v),
+        "torch": textbook(keep),
     }
-    return Race([*inputs(length), bias], {"mask": fastattn.causal()}, peers)
+    bias = normal(3, device, 1, case.heads, case.length, case.length)
+    return Race(case.inputs(device) | {"bias": bias}, functions)
 
 
-def alibi(length: int) -> Race:
-    slopes = 2.0 ** (-8 / HEADS * torch.arange(1, HEADS + 1))
+def alibi(case: Feature, device: torch.device) -> Race:
+    length, heads, dim = case.length, case.heads, case.head_dim
+    slopes = 2.0 ** (-8 / heads * torch.arange(1, heads + 1, device=device))
     dense = fastattn.alibi(slopes).to_dense(q_length=length, k_length=length)
     assert dense is not None
-    dense = dense.masked_fill(~low(length), float("-inf"))
+    dense = dense.masked_fill(~low(length, device), float("-inf"))
     # slope · key position differs from the bias by a constant in each row, and one more dimension makes it.
-    more = torch.zeros(1, HEADS, length, 8)
-    more[..., 0] = slopes[:, None] * torch.arange(length)
+    more = torch.zeros(1, heads, length, 8, device=device)
+    more[..., 0] = slopes[:, None] * torch.arange(length, device=device)
+    ones = F.pad(torch.full((1, heads, length, 1), dim**0.5, device=device), (0, 7))
 
     def folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ones = F.pad(torch.full((1, HEADS, length, 1), DIM**0.5), (0, 7))
         wide = torch.cat((q, ones), -1), torch.cat((k, more), -1), F.pad(v, (0, 8))
-        return sdpa(*wide, is_causal=True, scale=DIM**-0.5)[..., :DIM]
+        return sdpa(is_causal=True, scale=dim**-0.5)(*wide)[..., :dim]
 
-    peers = {
-        "sdpa, dense mask": lambda q, k, v: sdpa(q, k, v, attn_mask=dense),
-        "sdpa, a dimension more": folded,
+    functions = {
+        "fastattn": ours(mask=fastattn.causal(), bias=fastattn.alibi(slopes)),
+        "sdpa, dense mask": sdpa(attn_mask=dense),
     }
-    return Race(inputs(length), {"mask": fastattn.causal(), "bias": fastattn.alibi(slopes)}, peers)
+    # Large scores cancel in it, so that it is over the error budget, and is timed nevertheless.
+    beside = {"sdpa, a dimension more": folded}
+    return Race(case.inputs(device), functions, textbook(low(length, device), slopes), beside=beside)
 
 
-def softcap(length: int) -> Race:
-    keep = low(length)
-    peers = {
-        "eager": lambda q, k, v: eager(q, k, v, keep, cap=30.0),
-        "eager, compiled": lambda q, k, v: compiled_eager()(q, k, v, keep, cap=30.0),
+def softcap(case: Feature, device: torch.device) -> Race:
+    functions = {
+        "fastattn": ours(mask=fastattn.causal(), softcap=CAP),
+        "torch": textbook(low(case.length, device), cap=CAP),
     }
-    return Race(inputs(length), {"mask": fastattn.causal(), "softcap": 30.0}, peers)
+    return Race(case.inputs(device), functions)
 
 
-def documents(length: int) -> Race:
+def documents(case: Feature, device: torch.device) -> Race:
     """Eight of one length, packed."""
-    cu = torch.arange(9) * (length // 8)
-    which = torch.arange(length) // (length // 8)
-    keep = low(length) & (which[:, None] == which)
+    size = case.length // DOCUMENTS
+    bounds = torch.arange(DOCUMENTS + 1, device=device) * size
+    which = torch.arange(case.length, device=device) // size
+    keep = low(case.length, device) & (which[:, None] == which)
 
     def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = zip(*(x.split(length // 8, 2) for x in (q, k, v)), strict=True)
-        return torch.cat([sdpa(*part, is_causal=True) for part in parts], 2)
+        parts = zip(*(x.split(size, 2) for x in (q, k, v)), strict=True)
+        return torch.cat([sdpa(is_causal=True)(*part) for part in parts], 2)
 
-    peers = {
-        "sdpa, dense mask": lambda q, k, v: sdpa(q, k, v, attn_mask=keep),
+    functions = {
+        "fastattn": ours(mask=fastattn.documents(bounds) & fastattn.causal()),
+        "sdpa, dense mask": sdpa(attn_mask=keep),
         "sdpa, a call a document": one_by_one,
     }
-    return Race(inputs(length), {"mask": fastattn.documents(cu) & fastattn.causal()}, peers)
+    return Race(case.inputs(device), functions, textbook(keep))
 
 
-def grouped(length: int) -> Race:
+def grouped(case: Feature, device: torch.device) -> Race:
     """12 heads of queries, 3 of keys."""
-    peers = {"sdpa, enable_gqa": lambda q, k, v: sdpa(q, k, v, is_causal=True, enable_gqa=True)}
-    return Race(inputs(length, 3), {"mask": fastattn.causal()}, peers)
+    functions = {
+        "fastattn": ours(mask=fastattn.causal()),
+        "sdpa, enable_gqa": sdpa(is_causal=True, enable_gqa=True),
+    }
+    return Race(case.inputs(device), functions, textbook(low(case.length, device)))
 
 
-def block_sparse(length: int, density: float = 0.25, heads: int = HEADS) -> Race:
-    """Blocks of 128 x 128, as many in every row of blocks; not causal."""
+def block_sparse(case: Feature, device: torch.device) -> Race:
+    """Blocks of 128 x 128, a quarter of them, as many in every row of blocks; not causal."""
+    blocks = some_blocks(case.length // BLOCK, 0.25, case.heads).to(device)
+    keep = dense_of(blocks)
+    functions = {
+        "fastattn": ours(mask=fastattn.block_sparse(blocks, BLOCK)),
+        "sdpa, dense mask": sdpa(attn_mask=keep),
+    }
+    return Race(case.inputs(device), functions, textbook(keep), beside={"fastattn, dense": ours()})
+
+
+def some_blocks(count: int, share: float, heads: int) -> Tensor:
+    """bool [1, heads, count, count], with at least one block in every row."""
     g = torch.Generator().manual_seed(2)
-    count = length // 128
     order = torch.rand(1, heads, count, count, generator=g).argsort(-1).argsort(-1)
-    blocks = order < round(density * count)
-    keep = blocks.repeat_interleave(128, 2).repeat_interleave(128, 3)
-
-    def ours_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        found = fastattn.attention(q, k, v, backend="cpu")
-        assert isinstance(found, Tensor)
-        return found
-
-    return Race(
-        [x[:, :heads].detach().requires_grad_() for x in inputs(length)],
-        {"mask": fastattn.block_sparse(blocks, 128)},
-        {"sdpa, dense mask": lambda q, k, v: sdpa(q, k, v, attn_mask=keep)},
-        {"fastattn, dense": ours_dense},
-    )
+    return order < max(1, round(share * count))
 
 
-RACES: dict[str, Callable[[int], Race]] = {
+def dense_of(blocks: Tensor) -> Tensor:
+    return blocks.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
+
+
+RACES: dict[str, Callable[[Feature, torch.device], Race]] = {
     "window": window,
     "bias with gradient": bias_with_gradient,
     "alibi": alibi,
@@ -194,28 +231,71 @@ RACES: dict[str, Callable[[int], Race]] = {
     "heads 12:3": grouped,
     "block-sparse 25%": block_sparse,
 }
-SHORT = ("window", "softcap", "heads 12:3")
+CASES = [
+    Feature("window", "window"),
+    Feature("softcap"),
+    Feature("heads 12:3", kv_heads=3),
+    Feature("bias with gradient"),
+    Feature("alibi"),
+    Feature("8 documents", "documents"),
+    Feature("block-sparse 25%", "blocks"),
+]
 
 
-def windows(length: int) -> dict[float, fastattn.Mask]:
-    """Masks from narrow to causal, by the share of the causal pairs that they keep."""
-    pairs = length * (length + 1) / 2
-    masks = {}
-    for size in (256, 512, 1024, 2048, 4096, length):
-        if size <= length:
-            masks[(size * length - size * (size - 1) / 2) / pairs] = fastattn.sliding_window(size - 1, 0)
-    return masks
+@dataclass(frozen=True)
+class Density(Problem):
+    """Ours with a mask that keeps `kept` keys of each query, beside ours with all of them.
+
+    Attributes:
+        kind: ``window``, causal, of `kept` keys, or ``block-sparse``, of blocks of 128 x 128.
+    """
+
+    op = "attention"
+    passes = ("both",)
+    kind: str
+    kept: int
+    length: int = 16384
+    batch: int = 1
+    heads: int = 4
+    head_dim: int = 64
+
+    @property
+    def pairs(self) -> tuple[float, float]:
+        """Of query and key in one head: those kept, and all, which are the causal ones of a window."""
+        n, w = self.length, self.kept
+        return (w * n - w * (w - 1) / 2, n * (n + 1) / 2) if self.kind == "window" else (w * n, n * n)
+
+    @property
+    def checked(self) -> Problem:
+        length = min(self.length, CHECKED_AT)
+        return replace(self, length=length, kept=max(BLOCK, self.kept * length // self.length))
+
+    def columns(self) -> dict[str, Any]:
+        density = round(self.pairs[0] / self.pairs[1], 4)
+        return super().columns() | {"extra": rows.extra(kind=self.kind, density=density)}
+
+    def flops(self, which: str) -> int:
+        return int(2 * PRODUCTS[which] * self.pairs[0] * self.head_dim * self.heads)
+
+    def race(self, device: torch.device) -> Race:
+        shape = (self.batch, self.heads, self.length, self.head_dim)
+        leaves = {name: normal(i, device, *shape) for i, name in enumerate("qkv")}
+        if self.kind == "window":
+            mask, whole = fastattn.sliding_window(self.kept - 1, 0), ours(mask=fastattn.causal())
+        else:
+            blocks = some_blocks(self.length // BLOCK, self.kept / self.length, 1).to(device)
+            mask, whole = fastattn.block_sparse(blocks, BLOCK), ours()
+
+        def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keep = mask.to_dense(batch=1, q_length=self.length, k_length=self.length, device=q.device)
+            assert keep is not None
+            return textbook(keep)(q, k, v)
+
+        functions = {"fastattn": ours(mask=mask)}
+        return Race(leaves, functions, plain, beside={"fastattn, dense": whole}, compiled=False)
 
 
-def sparse_blocks(length: int) -> dict[float, fastattn.Mask]:
-    """Masks of 128 x 128 blocks by the share that they keep, to all of them."""
-    count = length // 128
-    order = torch.rand(1, 1, count, count, generator=torch.Generator().manual_seed(2)).argsort(-1).argsort(-1)
-    kept = sorted({max(1, round(share * count)) for share in (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)})
-    return {n / count: fastattn.block_sparse(order < n, 128) for n in kept}
-
-
-SWEEPS: dict[str, Callable[[int], dict[float, fastattn.Mask]]] = {
-    "window": windows,
-    "block-sparse": sparse_blocks,
-}
+DENSITIES = [
+    *(Density("window", kept) for kept in (256, 512, 1024, 2048, 4096)),
+    *(Density("block-sparse", 128 * blocks) for blocks in (6, 13, 32, 64, 96)),
+]

@@ -19,6 +19,7 @@ from bench import memory, rows
 from bench.peers import LOOP_LENGTH, OURS, chosen, version_of
 from bench.rows import Clock, percentiles
 from bench.tidy import RUN, isa_of
+from fastattn.gpu_check import peers
 from fastattn.gpu_check.machine import Machine
 from fastattn.gpu_check.peers import Case
 from fastattn.gpu_check.races import PASSES, race
@@ -160,6 +161,10 @@ def cases(config: pytest.Config) -> list[Case]:
         return None if found is None else [word.strip() for word in found.split(",")]
 
     masks, dtypes = given("--mask"), given("--dtype")
+    unknown = [mask for mask in masks or () if KINDS.get(mask, mask) not in peers.KINDS]
+    if unknown:
+        known = ("none", *(kind for kind in peers.KINDS if kind != "full"))
+        raise pytest.UsageError(f"--mask: expected some of {', '.join(known)}; got {', '.join(unknown)}")
     lengths, dims = given("--length"), given("--head-dim")
     if not any((masks, dtypes, lengths, dims)):
         return every() if config.getoption("--all-cases", False) else short()
@@ -184,14 +189,14 @@ def test_peers(
     passes = [one for one in PASSES if option("passes") is None or one in option("passes").split(",")]
     machine = Machine(dry_run=False, device=RUN.device)
     backend = "cpu" if machine.on_cpu else "triton"
-    peers = chosen(option("--peers"), RUN.device, option("--all-cases"))
+    raced = chosen(option("--peers"), RUN.device, option("--all-cases"))
     if case.length > LOOP_LENGTH and option("--peers") is None:
-        peers.pop("python loop", None)
+        raced.pop("python loop", None)
     report = Kept(case.name, machine, backend, option("--seconds"), problem=case)
     report.memory = not option("--no-memory") and case.length >= MEASURED_FROM
     report.wholes = tuple(one for one in passes if one != "backward")
     checked_at = CHECKED_AT if machine.on_cpu else None
-    ours = race(report, case, peers, passes, checked_at)
+    ours = race(report, case, raced, passes, checked_at)
     bad = [row for row in report.rows if row["implementation"] == OURS and row["status"] != "ok"]
     assert not bad, "; ".join(f"{row['pass']}: {row['status']}: {row.get('note')}" for row in bad)
     for row in report.rows:

@@ -437,7 +437,6 @@ _PACKAGES: Final = {
     "flash-attn 3": ("flash-attn-3", "flash_attn_3"),
     "flash-attn 4": ("flash-attn-4", "flash_attn_4"),
     "xformers": ("xformers",),
-    OURS: ("fastattn",),
 }
 
 

@@ -97,7 +97,7 @@ def test_who_is_wrong_has_no_time(held: Run) -> None:
     for row in done.rows:
         assert (row["status"] == "ok") == ("p50_ms" in row) == ("race" in row) == ("kernel" in row)
     assert (
-        "something else" in found["copy", "both"]["note"] and "error_of_budget" not in found["copy", "both"]
+        "for comparison" in found["copy", "both"]["note"] and "error_of_budget" not in found["copy", "both"]
     )
     assert found["fastattn", "forward"]["error_of_budget"] <= 1
 
