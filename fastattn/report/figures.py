@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from matplotlib.axes import Axes
@@ -79,21 +80,16 @@ def _panels(rows: Iterable[Row]) -> dict[str, list[Row]]:
     panel of its own.
     """
     found: dict[str, list[Row]] = {}
-    kinds = grouped(rows, lambda row: (row.head_dim or 0, row.mask, row.case, row.heads))
-    for key in sorted(kinds):
-        own = kinds[key]
+    kinds = grouped(rows, lambda row: (row.head_dim or 0, replace(row, batch=1).title))
+    for (_, title), own in sorted(kinds.items()):
         batches = {row.batch for row in own}
-        if len({(row.length, row.batch) for row in own}) == len({row.length for row in own}):
-            tokens_said = f"batch {max(batches)} to {min(batches)}, " if len(batches) > 1 else ""
-            parts = {tokens_said + _without_batch(own[0], alone=len(batches) > 1): own}
+        by_length = len({(row.length, row.batch) for row in own}) == len({row.length for row in own})
+        if by_length and len(batches) > 1:
+            parts = {f"batch {max(batches)} to {min(batches)}, {title}": own}
         else:
             parts = grouped(own, lambda row: row.title)
-        found |= {title: part for title, part in parts.items() if len({row.length for row in part}) > 1}
+        found |= {name: part for name, part in parts.items() if len({row.length for row in part}) > 1}
     return found
-
-
-def _without_batch(row: Row, alone: bool) -> str:
-    return row.title.removeprefix(f"batch {row.batch}, ") if alone else row.title
 
 
 def _grid(panels: Mapping[str, object], width: float) -> tuple[Figure, list[Axes]]:

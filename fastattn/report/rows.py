@@ -126,7 +126,7 @@ class Row:
         parts = [
             f"batch {self.batch}" if self.batch != 1 else "",
             "" if self.model else " of ".join(part for part in (heads, str(self.head_dim or "")) if part),
-            "" if self.model or self.case.startswith(f"{mask} ") else mask,  # as of "window 512"
+            "" if self.model or mask in self.case else mask,  # as in "window 512"
             self.case,
         ]
         return ", ".join(part for part in parts if part)
