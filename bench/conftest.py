@@ -24,7 +24,7 @@ LONG = ("compiler", "gpt2")
 # Where nothing is named, so many cases of each suite are run: a look at every operation in a few minutes.
 FIRST, FIRST_OF = 2, {"test_peers.py": 11}
 # The benchmarks of whatever device is asked for; all others measure the CPU.
-ON_EITHER = ("test_peers.py",)
+ON_EITHER = ("test_peers.py", "test_step.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

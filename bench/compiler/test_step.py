@@ -1,6 +1,6 @@
 """A training step of GPT-2 with naive attention: eager, `torch.compile`d and `fastattn.optimize`d, by turns.
 
-Each has a process of its own. Each run adds a row for each to bench/results/compiler_step.csv.
+Each has a process of its own.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bench.compiler.worker import HOWS
-from bench.rows import Clock, append, percentiles, where
+from bench.contest import CLOCK
+from bench.memory import ROOT
+from bench.rows import extra
+from bench.tidy import RUN, isa_of
+from fastattn.gpu_check.machine import version
+from fastattn.gpu_check.timing import columns_of
 
-CLOCK = Clock()
-ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"gpt2": "12x12x768", "tiny": "2x4x64"}
+PACKAGES = {"standard": "transformers", "torch.compile": "torch", "fastattn.optimize": "fastattn"}
 
 
 class Worker:
@@ -49,11 +51,10 @@ class Worker:
 
 @pytest.fixture(scope="module")
 def steps(request: pytest.FixtureRequest, tokens: int) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    """Every process's steps, the first of which compiles."""
+    """Every process's steps, the first of which compiles, and the second is profiled."""
     option = request.config.getoption
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     words = [SIZES[option("--step-size", "gpt2")], str(tokens), str(option("--step-dropout", 0.1))]
-    words += [option("--step-dtype", "float32"), device]
+    words += [option("--step-dtype", "float32"), RUN.device]
     with tempfile.TemporaryDirectory() as cache:  # nothing is compiled yet
         workers = {how: Worker([how, *words], cache) for how in HOWS}
         found: dict[str, list[dict[str, Any]]] = {how: [] for how in HOWS}
@@ -63,7 +64,11 @@ def steps(request: pytest.FixtureRequest, tokens: int) -> Iterator[dict[str, lis
                 found[how].append(workers[how].step())
         for worker in workers.values():
             worker.close()
-    assert found["optimize"][0]["rewritten"] == int(words[0].split("x")[0])
+    assert found["fastattn.optimize"][0]["rewritten"] == int(words[0].split("x")[0])
+    number = RUN.next_race()
+    for how in HOWS:
+        for step in found[how]:
+            step["race"] = number
     yield found
 
 
@@ -72,27 +77,32 @@ def steps(request: pytest.FixtureRequest, tokens: int) -> Iterator[dict[str, lis
 def test_step(benchmark: Any, request: pytest.FixtureRequest, steps: Any, tokens: int, how: str) -> None:
     own, timed = steps[how], steps[how][2:]
     ms = [s["ms"] for s in timed]
-    losses = [sum(s["loss"] for s in steps[x]) / len(own) for x in (how, "eager")]
+    losses = [sum(s["loss"] for s in steps[x]) / len(own) for x in (how, HOWS[0])]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
-    p20, p50, p80 = percentiles(ms)
+    option = request.config.getoption
+    size = option("--step-size", "gpt2")
+    _, heads, width = (int(n) for n in SIZES[size].split("x"))
     row = {
-        **where(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        "torch": torch.__version__,
-        "size": request.config.getoption("--step-size", "gpt2"),
-        "tokens": tokens,
-        "dropout": request.config.getoption("--step-dropout", 0.1),
-        "dtype": request.config.getoption("--step-dtype", "float32"),
-        "how": how,
-        "steps": len(ms),
-        "p20_ms": round(p20, 1),
-        "p50_ms": round(p50, 1),
-        "p80_ms": round(p80, 1),
+        "op": "gpt2",
+        "pass": "step",
+        "dtype": option("--step-dtype", "float32"),
+        "batch": 1,
+        **dict.fromkeys(("heads", "kv_heads"), heads),
+        "length": tokens,
+        **dict.fromkeys(("head_dim", "v_dim"), width // heads),
+        "mask": "causal",
+        "dropout": option("--step-dropout", 0.1),
+        "extra": extra(size=size, model="transformers, naive attention"),
+        "implementation": how,
+        "race": own[0]["race"],
+        "version": f"{PACKAGES[how]} {version(PACKAGES[how])}",
+        "isa": isa_of(how, RUN.device),
+        "kernel": own[1]["kernel"],
+        "status": "ok",
+        "note": f"first step {own[0]['ms']:.0f} ms, of it our pass {own[-1]['pass_ms']:.1f} ms",
         "peak_mb": round(max(s["peak_bytes"] for s in timed) / 1e6),
-        "first_step_ms": round(own[0]["ms"]),
-        "pass_ms": round(own[-1]["pass_ms"], 1),
+        **columns_of(ms),
     }
-    benchmark.extra_info.update(row)
+    benchmark.extra_info.update(RUN.add(row))
     benchmark.group = f"GPT-2 step, naive attention, {tokens} tokens"
     CLOCK.replay(benchmark, [x / 1000 for x in ms])
-    append("compiler_step.csv", row)

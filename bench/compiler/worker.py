@@ -3,7 +3,7 @@
     python -m bench.compiler.worker HOW LAYERSxHEADSxWIDTH TOKENS DROPOUT DTYPE DEVICE
 
 A line on stdin is answered by a line of JSON: milliseconds of that step, its loss, its peak of memory, and
-the milliseconds that the pass has taken so far.
+the milliseconds that the pass has taken so far; of the second step the kernels too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 
-HOWS = ("eager", "compile", "optimize")
+import fastattn.compiler
+from fastattn.compiler import backend
+from fastattn.gpu_check.machine import Machine, kernels_of
+
+HOWS = ("standard", "torch.compile", "fastattn.optimize")
 
 
 def main() -> None:
@@ -39,11 +43,9 @@ def main() -> None:
     model: Any = GPT2LMHeadModel(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     seconds = of_the_pass()
-    if how == "compile":
+    if how == "torch.compile":
         model.compile()
-    elif how == "optimize":
-        import fastattn
-
+    elif how == "fastattn.optimize":
         fastattn.optimize(model)
     ids = torch.randint(config.vocab_size, (1, int(tokens) + 1), device=device)
     half = getattr(torch, dtype)
@@ -58,28 +60,29 @@ def main() -> None:
         optimizer.step()
         return float(loss)
 
-    first = True
-    for _ in sys.stdin:
-        if not first:
+    machine = Machine(dry_run=False, device=device)
+
+    def answer(number: int) -> dict[str, Any]:
+        said: dict[str, Any] = {}
+        if number > 0:
             reset_peak(device)
         begin = time.perf_counter()
-        loss = step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        ms = (time.perf_counter() - begin) * 1000
-        said = {"ms": ms, "loss": loss, "peak_bytes": peak(device), "pass_ms": seconds[0] * 1000}
-        if how == "optimize" and first:
-            import fastattn.compiler
-
+        if number == 1:
+            said["kernel"] = kernels_of(machine, lambda: said.update(loss=step()), most=5)
+        else:
+            said["loss"] = step()
+        machine.synchronize()
+        said |= {"ms": (time.perf_counter() - begin) * 1000, "peak_bytes": peak(device)}
+        if how == "fastattn.optimize" and number == 0:
             said["rewritten"] = fastattn.compiler.report().rewritten
-        print(json.dumps(said), flush=True)
-        first = False
+        return said | {"pass_ms": seconds[0] * 1000}
+
+    for number, _ in enumerate(sys.stdin):
+        print(json.dumps(answer(number)), flush=True)
 
 
 def of_the_pass() -> list[float]:
     """The seconds that the pass takes, added up in a list of one."""
-    from fastattn.compiler import backend
-
     found, replace = [0.0], backend.rewrite
 
     def timed(module: Any) -> Any:

@@ -14,26 +14,26 @@ from typing import Any
 import pytest
 
 import fastattn
-from bench.rows import Clock, extra, percentiles
+from bench.contest import CLOCK
+from bench.rows import extra
 from bench.tidy import RUN, isa_of
 from fastattn.gpt2 import compare
 from fastattn.gpt2.compare.progress import Progress
-from fastattn.gpt2.compare.result import machine, parity, summaries, versions
+from fastattn.gpt2.compare.result import parity, summaries, versions
 from fastattn.gpt2.compare.session import Session
 from fastattn.gpt2.compare.settings import IMPLEMENTATIONS, LOSS_TOLERANCE, settings_of
-
-CLOCK = Clock()
+from fastattn.gpu_check.timing import columns_of
 
 
 @pytest.fixture(scope="module")
-def session(request: pytest.FixtureRequest, context: int, dropout: float) -> Session:
-    """Every implementation's steps; first of all that their losses agree."""
+def session(request: pytest.FixtureRequest, context: int, dropout: float) -> tuple[Session, int | None]:
+    """Every implementation's steps, once their losses agree; the race's number where they took turns."""
     option = request.config.getoption
     parser = argparse.ArgumentParser()
     compare.add_arguments(parser)
     words = ["--size", option("--gpt2-size", "gpt2"), "--data", option("--gpt2-data", "shakespeare")]
     words += ["--steps", str(1 + option("--gpt2-rounds", 5)), "--no-sweep"]
-    words += ["--context", str(context), "--dropout", str(dropout)]
+    words += ["--context", str(context), "--dropout", str(dropout), "--device", RUN.device]
     names = option("--gpt2-implementations", None)
     words += [] if names is None else ["--implementations", names]
     settings = replace(settings_of(parser.parse_args(words)), parity_steps=2)
@@ -45,25 +45,30 @@ def session(request: pytest.FixtureRequest, context: int, dropout: float) -> Ses
     assert losses["passed"] or not fits, (
         f"losses at dropout 0: expected within {losses['tolerance']}, got {losses['largest']}"
     )
-    return done
+    return done, None if done.alone else RUN.next_race()
 
 
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
-def test_step(benchmark: Any, session: Session, context: int, dropout: float, implementation: str) -> None:
-    if implementation not in session.settings.implementations:
+def test_step(
+    benchmark: Any,
+    session: tuple[Session, int | None],
+    context: int,
+    dropout: float,
+    implementation: str,
+) -> None:
+    done, race = session
+    if implementation not in done.settings.implementations:
         pytest.skip("not asked for: --gpt2-implementations")
-    problem = problem_of(session, implementation)
-    stop = session.stopped.get(implementation)
+    problem = problem_of(done, implementation)
+    stop = done.stopped.get(implementation)
     if stop is not None:
         RUN.add(problem | {"status": stop.status, "note": stop.reason})
         pytest.skip(f"{stop.status}: {stop.reason}")
-    own = [s for s in session.samples if s["implementation"] == implementation and s["phase"] == "train"]
+    own = [s for s in done.samples if s["implementation"] == implementation and s["phase"] == "train"]
     ms = [s["ms"] for s in own if not s["warmup"]]
-    peak = summaries(own, "train", session.built)[implementation]["peak_bytes"]
-    names = ("p20_ms", "p50_ms", "p80_ms")
-    times = {name: round(value, 1) for name, value in zip(names, percentiles(ms), strict=True)}
-    measured = {"status": "ok", "rounds": len(ms), **times, "peak_mb": round(peak / 1e6)}
+    peak = summaries(own, "train", done.built)[implementation]["peak_bytes"]
+    measured = {"status": "ok", "race": race, "peak_mb": round(peak / 1e6), **columns_of(ms)}
     benchmark.extra_info.update(RUN.add(problem | measured))
     benchmark.group = f"GPT-2 step, {context} tokens, dropout {dropout}"
     CLOCK.replay(benchmark, [x / 1000 for x in ms])
@@ -71,13 +76,10 @@ def test_step(benchmark: Any, session: Session, context: int, dropout: float, im
 
 def problem_of(session: Session, implementation: str) -> dict[str, Any]:
     """The columns of a row that say what was to be measured, where and by whom."""
-    settings, where, found = session.settings, machine(session.settings.device), versions()
-    device = "cpu" if where["gpu"] is None else "cuda"
-    one = IMPLEMENTATIONS[implementation]
+    settings, one = session.settings, IMPLEMENTATIONS[implementation]
     return {
-        "device": device,
-        "processor": where["gpu"] or where["cpu"],
-        "isa": isa_of("fastattn" if one.attention == "fastattn" else implementation, device),
+        "isa": isa_of("fastattn" if one.attention == "fastattn" else implementation, RUN.device),
+        "kernel": session.built.get(implementation, {}).get("kernel"),
         "op": "gpt2",
         "pass": "step",
         "dtype": settings.dtype,
@@ -91,5 +93,5 @@ def problem_of(session: Session, implementation: str) -> dict[str, Any]:
         "dropout": settings.dropout,
         "extra": extra(size=settings.size),
         "implementation": implementation,
-        "version": fastattn.__version__ if one.own else f"transformers {found['transformers']}",
+        "version": fastattn.__version__ if one.own else f"transformers {versions()['transformers']}",
     }

@@ -18,7 +18,8 @@ Moment: TypeAlias = "torch.cuda.Event | float"
 # Device cycles to wait before what is timed, so that the host is ahead of the device from the first kernel.
 _HEAD_START: Final = 1_500_000
 _LEAST_FLUSH: Final = 64 * 2**20
-# What else the profiler has on the device's line: copies, and torch.compile's names for regions.
+# What else the profiler has: torch.compile's names for regions; on a device's line copies too.
+_NO_OPS: Final = ("Torch-Compiled", "TorchDynamo")
 _NO_KERNELS: Final = ("Mem", "##", "Torch-Compiled", "CompiledFx")
 
 
@@ -115,7 +116,9 @@ def kernels_of(machine: Machine, run: Callable[[], object], most: int = 3) -> st
         least = 0.02 * sum(event.self_cpu_time_total for event in found)
         slow = [e for e in found if e.self_cpu_time_total > least and not e.key.startswith("autograd::")]
         slow.sort(key=lambda event: -event.self_cpu_time_total)
-        names = [event.key.removeprefix("aten::")[:70] for event in slow]
+        keys = (e.key.removeprefix("aten::")[:70] for e in slow if not e.key.startswith(_NO_OPS))
+        # Inductor's graphs are called by a hash.
+        names = list(dict.fromkeys("compiled graph" if key.startswith("## Call") else key for key in keys))
     else:
         kernels = [e for e in found if e.device_type.name == "CUDA" and not e.key.startswith(_NO_KERNELS)]
         kernels.sort(key=lambda event: -event.self_device_time_total)

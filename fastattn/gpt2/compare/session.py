@@ -67,6 +67,7 @@ class Session:
         data: what the text is.
         memory_budget: bytes of the machine's memory for all processes.
         device_budget: bytes of the GPU's memory, or None on the CPU.
+        alone: whether steps were not taken in turns, as there was no room for processes that wait.
     """
 
     def __init__(self, settings: Settings, progress: Progress) -> None:
@@ -80,7 +81,7 @@ class Session:
         self._deadline = None if settings.time_budget is None else self.started + settings.time_budget
         self._progress = progress
         self._workers: dict[str, Worker] = {}
-        self._alone = False  # no room for processes that wait
+        self.alone = False
         self._build_seconds = {True: 10.0, False: 3.0}  # by whether a process had to be started
 
         corpus = self._corpus = load_tokens(settings.data, settings.tokenizer)
@@ -127,12 +128,12 @@ class Session:
         if phase != "train":
             names = [name for name in names if not IMPLEMENTATIONS[name].compiled]
         kept = len(self.samples)
-        if not self._alone:
+        if not self.alone:
             try:
                 self._train_group(phase, names, dropout, steps, least, until)
                 return
             except _NoRoom:
-                self._alone = True
+                self.alone = True
                 del self.samples[kept:]
                 self._close(self._workers)  # one may be in the middle of an answer
                 self._note("no memory for one implementation's step beside the others: not interleaved")
