@@ -94,9 +94,9 @@ class Machine:
 
 
 def kernels_of(machine: Machine, run: Callable[[], object], most: int = 3) -> str:
-    """What `run` really ran: torch's op for its sdpa, and the kernels that took longest, by the profiler.
+    """What `run` really ran: attention's op and the kernels that took longest, by the profiler.
 
-    On a CPU, where kernels have no names of their own, the ops that took longest.
+    On a CPU, where kernels have no names of their own, attention's op alone, or the ops that took longest.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if not machine.on_cpu:
@@ -109,7 +109,7 @@ def kernels_of(machine: Machine, run: Callable[[], object], most: int = 3) -> st
         found = profile.key_averages()
     except RuntimeError as error:  # as where a container may not count
         return f"unknown: the profiler failed ({str(error).splitlines()[0][:60]})"
-    ops = {_sdpa_op(event.key) for event in found} - {""}
+    ops = {_attention_op(event.key) for event in found} - {""}
     if machine.on_cpu:
         if ops:
             return " + ".join(sorted(ops))
@@ -126,8 +126,10 @@ def kernels_of(machine: Machine, run: Callable[[], object], most: int = 3) -> st
     return " + ".join([*sorted(ops), *names[:most]]) or "the profiler saw none"
 
 
-def _sdpa_op(key: str) -> str:
-    """`aten::_scaled_dot_product_flash_attention` -> `sdpa:flash`."""
+def _attention_op(key: str) -> str:
+    """`aten::_scaled_dot_product_flash_attention` -> `sdpa:flash`; our own op as it is; empty for others."""
+    if key.startswith("fastattn_cpu::") and key.endswith("attention_forward"):
+        return key
     start = "aten::_scaled_dot_product_"
     if not key.startswith(start) or key.endswith("_backward"):
         return ""

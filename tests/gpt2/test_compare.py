@@ -91,6 +91,11 @@ def test_a_comparison_writes_a_whole_report(
     # every sample is there: 2 steps with and 2 without dropout, and the sweep's other two contexts
     assert len(result["samples"]) == 4 * (2 + 2 + 2)
     assert all(s["loss"] > 0 and s["ms"] > 0 and s["peak_bytes"] > 0 for s in result["samples"])
+    # with dropout torch's sdpa on a CPU is the one that holds the L×L matrix
+    kernels = {name: row["kernel"] for name, row in result["implementations"].items()}
+    assert kernels["sdpa"] == "sdpa:math" and "sdpa" not in kernels["standard"]
+    assert kernels["fastattn"] == kernels["attention"] == "fastattn_cpu::attention_forward"
+    assert "torch's sdpa ran sdpa:math" in result["verdict"] and "dropout 0.1" in result["verdict"].lower()
     weights = {row["model"]["weights"] for row in result["implementations"].values()}
     assert len(weights) == 1
     assert result["parity"]["passed"] is True

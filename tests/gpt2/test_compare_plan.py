@@ -64,6 +64,8 @@ class SimulatedWorker:
             model = {"libraries_bytes": int(4e8), "model_bytes": int(1.6e9), "weights": "same"}
             return {**model, "parameters": 10**8, "threads": 2, "backend": None}
         context = int(Path(self.command["batches"]).name.split("-")[0])
+        if self.command["do"] == "profile":
+            return {"kernel": "sdpa:flash" if self.name == "sdpa" else "mm"}
         self.warm_ups.append(context)
         t = context / 1024
         (a, b), (c, d) = self.seconds[self.name], self.activations[self.name]
@@ -157,6 +159,7 @@ def test_without_the_standard_the_next_is_the_baseline(simulated: Any) -> None:
         "attention",
         "fastattn",
     }
+    assert result["verdict"].endswith("Dropout 0; torch's sdpa ran sdpa:flash.")
     assert "than sdpa" in result["verdict"] and "attention alone: 2.12× faster" in result["verdict"]
     assert "difference of the loss from sdpa's" in markdown(result, None)
 
@@ -396,9 +399,11 @@ def test_the_verdict_says_what_was_measured(
         "model": {"title": "GPT-2 124M"},
         "baseline": "standard",
         "ours": "fastattn",
+        "settings": {"dropout": 0.1},
+        "implementations": {"standard": {"kernel": "mm"}, "fastattn": {"kernel": "fastattn_cpu::attention"}},
         "train": rows,
         "parity": {"passed": passed, "largest": {"fastattn": 1e-6}, "tolerance": 1e-4},
     }
     sentence = verdict(result)
-    for words in said:
+    for words in (*said, "Dropout 0.1."):
         assert words in sentence

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastattn.gpt2 import longcontext
-from fastattn.gpt2.longcontext.result import times_longer
+from fastattn.gpt2.longcontext.result import times_longer, verdict
 from fastattn.gpt2.longcontext.search import Found, Point, above, fit, grain, longest_within, on_grid, search
 from fastattn.gpt2.longcontext.settings import Settings, memory_size, settings_of
+from fastattn.gpt2.longcontext.worker import Trainer
 from fastattn.gpt2.model import GPT2
 
 GB = 10**9
@@ -163,6 +165,8 @@ def test_real_processes_and_the_report(
     row = result["implementations"]["fastattn+checkpoint"]
     assert (row["longest"], row["edge"]) == (128, "run")
     assert row["peak_bytes"] > row["model"]["model_bytes"] > 0 and row["ms"] > 0
+    assert row["model"]["kernel"] == "cpu: fastattn_cpu::attention_forward"
+    assert "dropout 0.1" in result["verdict"]
     assert [point["context"] for point in result["points"]] == [64, 128]
     page = (tmp_path / "out" / "longcontext.md").read_text()
     assert result["verdict"] in page and "128" in capsys.readouterr().out
@@ -173,6 +177,21 @@ def test_real_processes_and_the_report(
     result = json.loads((tmp_path / "none" / "result.json").read_text())
     assert {point["status"] for point in result["points"]} == {"out of memory"}
     assert result["implementations"]["standard"]["longest"] is None
+
+
+@pytest.mark.parametrize("dropout, kernel", [(0.0, "sdpa:flash"), (0.1, "sdpa:math")])
+def test_the_kernel_is_what_ran(dropout: float, kernel: str, tmp_path: Path) -> None:
+    """Of torch's sdpa, which by the dropout is one that holds the L×L matrix or one that does not."""
+    settings = Settings(model="tiny", implementations=("sdpa",), dropout=dropout)
+    path = tmp_path / "x.pt"
+    torch.save(torch.zeros(1, 97, dtype=torch.int64), path)
+    command = {"context": 96, "config": asdict(settings.config(96)), "x": str(path)}
+    answer = Trainer(settings.worker_spec("sdpa", None)).train(command)
+    assert answer["kernel"] == kernel
+    summary = {"edge": "run", "longest": 96, "refused": 128, "model": answer}
+    title = {"title": "GPT-2 of size tiny"}
+    found = {"settings": settings.record(), "model": title, "implementations": {"sdpa": summary}}
+    assert f"dropout {dropout:g}: " in verdict(found) and f"sdpa 96 ({kernel})" in verdict(found)
 
 
 def test_a_text_that_is_too_short_says_so(tmp_path: Path) -> None:

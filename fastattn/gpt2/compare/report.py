@@ -195,6 +195,7 @@ def _method(result: Mapping[str, Any]) -> str:
     budget = result["budget"]
     rows = [
         f'{name}: {row["what"]} (`attn_implementation="{row["attn_implementation"]}"`)'
+        + (f"; by the profiler ran {row['kernel']}" if row["kernel"] else "")
         for name, row in result["implementations"].items()
     ]
     backend = result["implementations"][result["ours"]]["model"]

@@ -49,6 +49,7 @@ def result_of(session: Session, *, started: str, seconds: float, interrupted: bo
             "status": "measured" if stop is None else stop.status,
             "reason": None if stop is None else f"{stop.reason} (at {stop.context:,} tokens)",
             "model": session.built.get(name),
+            "kernel": session.kernels.get(name),
         }
     built = next(iter(session.built.values()), {})
     result: dict[str, Any] = {
@@ -196,7 +197,9 @@ def verdict(result: Mapping[str, Any]) -> str:
     alone = result["train"].get("attention")
     if alone is not None and "attention" not in (result["ours"], result["baseline"]):
         text += f" fastattn's attention alone: {_faster(alone)}, {alone['peak_bytes'] / 1e9:.2f} GB."
-    return text
+    kernel = result["implementations"].get("sdpa", {}).get("kernel")
+    by = f"; torch's sdpa ran {kernel}" if kernel else ""
+    return f"{text} Dropout {result['settings']['dropout']:g}{by}."
 
 
 def _no_comparison(result: Mapping[str, Any]) -> str:

@@ -62,6 +62,7 @@ class Session:
         samples: one dict a training step.
         sweep: one dict for each context and implementation.
         built: for each implementation, what its process said of the first model it made.
+        kernels: for each that trained, what ran in a step, by the profiler.
         stopped: the implementations that failed, or ran out of memory at some context.
         notes: what was cut or done otherwise than asked, for the report.
         data: what the text is.
@@ -75,6 +76,7 @@ class Session:
         self.samples: list[dict[str, Any]] = []
         self.sweep: list[dict[str, Any]] = []
         self.built: dict[str, dict[str, Any]] = {}
+        self.kernels: dict[str, str] = {}
         self.stopped: dict[str, Stop] = {}
         self.notes: list[str] = []
         self.started = time.monotonic()
@@ -164,6 +166,9 @@ class Session:
                     record |= {"step": step, "warmup": step == 0}
                     compiles = ", compiles" if step == 0 and IMPLEMENTATIONS[name].compiled else ""
                     self._step(name, f"{phase}, step {step + 1}/{steps}{compiles}", batches, record)
+        for name in names if phase == "train" else ():
+            if name not in self.stopped:
+                self._profile(name, batches)
 
     def _worth(self, chunk: range, least: int, round_seconds: float, until: float) -> bool:
         """Whether the time budget has room for these steps: up to a share of it, for the `least` up to what
@@ -213,9 +218,22 @@ class Session:
         self._progress.stepped(name, at, answer["loss"], answer["ms"], answer["peak_bytes"], self._left())
         return measured
 
+    def _profile(self, name: str, batches: Path) -> None:
+        """One more step, behind those that are measured."""
+        self._progress.began(name, "what runs, by the profiler", self._left())
+        answer = self._ask(
+            name, {"do": "profile", "batches": str(batches), "index": 0}, self.settings.context
+        )
+        if answer is not None:
+            self.kernels[name] = answer["kernel"]
+            self._progress.idle(name, "waits")
+
     def _ask_step(self, name: str, batches: Path, index: int, context: int) -> dict[str, Any] | None:
+        return self._ask(name, {"do": "step", "batches": str(batches), "index": index}, context)
+
+    def _ask(self, name: str, command: dict[str, Any], context: int) -> dict[str, Any] | None:
         def ask() -> dict[str, Any]:
-            self._workers[name].send({"do": "step", "batches": str(batches), "index": index})
+            self._workers[name].send(command)
             return self._wait(name)
 
         answer: dict[str, Any] | None = self._guard(name, context, ask)

@@ -2,7 +2,7 @@
 
 Commands come as JSON lines on standard input, answers go as JSON lines to standard output:
 ``{"do": "build", "context": 1024, "dropout": 0.1}`` makes the model anew from the seed and
-``{"do": "step", "batches": path, "index": 0}`` trains on one batch.
+``{"do": "step", "batches": path, "index": 0}`` trains on one batch, ``"profile"`` too, under the profiler.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fastattn.gpt2.compare.child import (
 )
 from fastattn.gpt2.config import GPT2Config
 from fastattn.gpt2.model import FUSED, GPT2
+from fastattn.gpu_check.machine import Machine, kernels_of
 from fastattn.optim import AdamW
 
 # The optimiser of GPT-2's reproductions (Brown et al. 2020, appendix B; nanoGPT), the learning rate for a
@@ -121,6 +122,12 @@ class Trainer:
             "peak_bytes": peak_bytes(self.device) if resets else None,
         }
 
+    def profile(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+        """What ran in one more step, by the profiler."""
+        kernel = kernels_of(Machine(dry_run=False, device=self.spec["device"]), lambda: self.step(x, y))
+        give_back_memory(self.device)
+        return {"kernel": kernel}
+
     def batch(self, path: str, index: int) -> tuple[Tensor, Tensor]:
         """A batch of the parent's file."""
         if self.batches is None or self.batches[0] != path:
@@ -167,7 +174,8 @@ def _start(spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def answer(command: dict[str, Any]) -> dict[str, Any]:
         if command["do"] == "build":
             return trainer.build(command["context"], command["dropout"])
-        return trainer.step(*trainer.batch(command["batches"], command["index"]))
+        do = trainer.profile if command["do"] == "profile" else trainer.step
+        return do(*trainer.batch(command["batches"], command["index"]))
 
     return answer
 

@@ -53,7 +53,15 @@ def longest_table(result: Mapping[str, Any]) -> str:
                 model.get("kernel", ""),
             ]
         )
-    head = ["", "longest context", f"over {BASELINE}", "edge", "s a step", "peak GB", "attention by"]
+    head = [
+        "",
+        "longest context",
+        f"over {BASELINE}",
+        "edge",
+        "s a step",
+        "peak GB",
+        "attention by (profiler)",
+    ]
     return table(head, lines)
 
 

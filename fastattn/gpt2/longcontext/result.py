@@ -114,11 +114,15 @@ def verdict(result: Mapping[str, Any]) -> str:
     parts = []
     for name, row in result["implementations"].items():
         ratio = times_longer(result, name) if name != BASELINE else None
-        factor = "" if ratio is None else f" ({ratio:.1f}×)"
+        kernel = (row["model"] or {}).get("kernel", "")
+        told = [f"{ratio:.1f}×"] if ratio is not None else []
+        told += [kernel] if kernel.startswith("sdpa:") else []  # torch has several, and chooses
+        beside = f" ({', '.join(told)})" if told else ""
         asked = row["edge"] == "run" and row["refused"] is None  # none longer was tried
         bound = " or more" if row["edge"] == "extrapolated" or asked else ""
-        parts.append(f"{name} {row['longest']:,}{factor}{bound}" if row["longest"] else f"{name} none")
+        parts.append(f"{name} {row['longest']:,}{beside}{bound}" if row["longest"] else f"{name} none")
     return (
-        f"{result['model']['title']} in {settings['memory'] / 2**30:g} GiB, {settings['dtype']}, batch 1: "
+        f"{result['model']['title']} in {settings['memory'] / 2**30:g} GiB, {settings['dtype']}, batch 1, "
+        f"dropout {settings['dropout']:g}: "
         f"longest context that trains, in tokens: {', '.join(parts)}."
     )

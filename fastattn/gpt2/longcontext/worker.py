@@ -1,7 +1,8 @@
 """The child process of a search: one training step of our GPT-2 at a context, measured.
 
 ``{"do": "train", "context": 4096, "config": {…}, "x": path}`` is answered with the step's loss, time and
-highest memory. A process serves one such command: the next context begins with nothing left behind.
+highest memory, and with what the profiler saw in the warm-up. A process serves one such command: the next
+context begins with nothing left behind.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn.gpt2.compare.child import (
+    give_back_memory,
     limit_device_memory,
     peak_bytes,
     reset_peak,
@@ -26,10 +28,10 @@ from fastattn.gpt2.compare.child import (
 from fastattn.gpt2.config import GPT2Config
 from fastattn.gpt2.model import GPT2
 from fastattn.gpt2.optim import make_optimizer
+from fastattn.gpu_check.machine import Machine, kernels_of
 
 WARM_UP_TOKENS: Final = 64  # of a step before, which makes the optimizer's state and loads the kernels
 _LEARNING_RATE: Final = 3e-4
-_SDPA: Final = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
 
 
 class Trainer:
@@ -53,13 +55,17 @@ class Trainer:
         model.transformer.gradient_checkpointing = self.spec["checkpoint"]
         optimizer = make_optimizer(model, lr=_LEARNING_RATE)
         ids = torch.load(command["x"], weights_only=True).to(self.device)
-        self._step(model, optimizer, ids[:, : WARM_UP_TOKENS + 1])
+        kernel = kernels_of(
+            Machine(dry_run=False, device=self.spec["device"]),
+            lambda: self._step(model, optimizer, ids[:, : WARM_UP_TOKENS + 1]),
+        )
+        give_back_memory(self.device)  # the profiler's
         measurable = reset_peak(self.device)
         synchronize(self.device)
         start = time.perf_counter()
         loss = self._step(model, optimizer, ids)
         synchronize(self.device)
-        parameters = list(model.parameters())
+        parameters, ours = list(model.parameters()), self.spec["attention"] == "fastattn"
         return {
             "loss": loss,
             "ms": 1000 * (time.perf_counter() - start),
@@ -69,7 +75,7 @@ class Trainer:
             # weights, gradients and AdamW's two moments
             "model_bytes": 4 * sum(p.numel() * p.element_size() for p in parameters),
             "threads": torch.get_num_threads(),
-            "kernel": self._kernel(config, command["context"]),
+            "kernel": f"{self._backend(config, command['context'])}: {kernel}" if ours else kernel,
         }
 
     def _step(self, model: GPT2, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
@@ -82,18 +88,12 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    def _kernel(self, config: GPT2Config, context: int) -> str:
-        """What computes this model's attention, as torch and `fastattn.explain` say."""
-        shape = (1, config.n_head, context, config.head_dim)
+    def _backend(self, config: GPT2Config, context: int) -> str:
+        """Our backend for this model's attention, as `fastattn.explain` says."""
         dtype = getattr(torch, self.spec["dtype"])
-        q = torch.empty(1, device=self.device, dtype=dtype).expand(shape).requires_grad_()
-        if self.spec["attention"] == "fastattn":
-            chosen = fastattn.explain(q, q, q, mask=fastattn.causal(), dropout=config.attn_pdrop)
-            return str(chosen.backend)
-        if self.spec["attention"] == "sdpa":
-            choice: int = torch._fused_sdp_choice(q, q, q, None, config.attn_pdrop, True)
-            return _SDPA.get(choice, str(choice))
-        return "matmul, softmax, matmul"
+        q = torch.empty(1, device=self.device, dtype=dtype)
+        q = q.expand(1, config.n_head, context, config.head_dim).requires_grad_()
+        return str(fastattn.explain(q, q, q, mask=fastattn.causal(), dropout=config.attn_pdrop).backend)
 
 
 def _start(spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
