@@ -14,7 +14,7 @@ import fastattn
 from bench import contest, rows
 from bench.against import kept
 from bench.ceilings import measure
-from bench.tidy import RUN, isa_of, translate
+from bench.tidy import RUN, isa_of
 from fastattn import _backends
 from fastattn.gpu_check.machine import Machine, details
 
@@ -23,8 +23,6 @@ HERE = Path(__file__).resolve().parent
 LONG = ("compiler", "gpt2")
 # Where nothing is named, so many cases of each suite are run: a look at every operation in a few minutes.
 FIRST, FIRST_OF = 2, {"test_peers.py": 11}
-# The benchmarks of whatever device is asked for; all others measure the CPU.
-ON_EITHER = ("test_peers.py", "test_step.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--head-dim", help="comma-separated sizes of a head")
     group.addoption("--mask", help="comma-separated: causal, none, window, documents, ...")
     group.addoption("--peers", help="comma-separated names in bench/peers.py, or all")
-    group.addoption("--device", choices=("cpu", "cuda"), help="only the benchmarks of this device")
+    group.addoption("--device", choices=("cpu", "cuda"), help="where it runs (default: cuda if there is one)")
     group.addoption("--all-cases", action="store_true", help="every case, not the short list")
     group.addoption("--seconds", type=float, default=4.0, help="timed seconds a case, about (default 4)")
     group.addoption("--no-memory", action="store_true", help="leave out peak memory, a process for each")
@@ -60,15 +58,6 @@ def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
     suite = "-".join(words(config, "--op") or sorted(_named(config)) or ["bench"])
     RUN.begin(suite, device, config.getoption("--rows"))
-    rows.LISTENERS.append(_listen)
-
-
-def _listen(file_name: str, row: Any) -> None:
-    RUN.add({"device": "cpu", "processor": rows.processor()} | translate(file_name, row))
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    rows.LISTENERS.clear()
 
 
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
@@ -123,10 +112,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_wanted(config: pytest.Config, item: pytest.Item) -> bool:
-    device = config.getoption("--device")
     case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-    if device == "cuda" and item.path.name not in ON_EITHER and not isinstance(case, contest.Problem):
-        return False
     if case is None:
         return True
     # A case is left out by what it says of itself; it is not by what it has no word for.

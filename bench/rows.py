@@ -9,7 +9,7 @@ import re
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import date, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -109,41 +109,6 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(samples), fifths[3]
 
 
-# Whom `append` tells of every row, so that it is among the tidy ones of the run too.
-LISTENERS: list[Callable[[str, Mapping[str, Any]], object]] = []
-
-
-def append(file_name: str, row: dict[str, Any]) -> None:
-    """Add a row to a file under bench/results/; the file's header and the row's keys must agree."""
-    path = RESULTS / file_name
-    new = not path.exists()
-    if not new:
-        with path.open(newline="", encoding="utf-8") as file:
-            header = next(csv.reader(file))
-        assert header == list(row), f"{path}: expected columns {header}, got {list(row)}"
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-    for listener in LISTENERS:
-        listener(file_name, row)
-
-
-def where() -> dict[str, Any]:
-    """The first columns of every row."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        cpu = lines[0].partition(":")[2].strip() if lines else cpu
-    return {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu,
-    }
-
-
 def peak_growth(run: Callable[[], Any]) -> int | None:
     """Bytes by which `run` raises this process's resident memory at its highest; None off Linux."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -162,7 +127,12 @@ def peak_growth(run: Callable[[], Any]) -> int | None:
 
 def processor(device: str = "cpu") -> str:
     """The name of the GPU or of the CPU."""
-    return torch.cuda.get_device_name() if device == "cuda" else where()["cpu"]
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def commit(root: Path = RESULTS.parent.parent) -> str:

@@ -12,24 +12,6 @@ from bench import rows
 from fastattn import _backends
 from fastattn.gpu_check.rows import Rows
 
-# What the files of one suite call otherwise.
-RENAMED = {
-    "passes": "pass",
-    "tokens": "length",
-    "context": "length",
-    "dim": "head_dim",
-    "how": "implementation",
-    "steps": "rounds",
-    "fma_share": "share_of_ceiling",
-}
-# What they have of where and when, which a run says in its own columns, and what follows from other rows.
-LEFT_OUT = (
-    *("date", "machine", "cpu", "gpu", "torch", "fastattn", "transformers"),
-    *("speedup", "share_of_copy", "share_of_saving", "cost_of_pair", "q_mb", "pass_ms", "first_step_ms"),
-)
-# Files that are not of the operation that their name begins with.
-OPS = {"compiler_step": "gpt2"}
-
 # Where these are nearer they hold for these dtypes alone: products of others may use other instructions.
 CEILING_OF = {"fma": ("float32",), "matmul": ("bfloat16", "float16")}
 
@@ -104,25 +86,3 @@ def isa_of(implementation: str, device: str = "cpu") -> str:
     if implementation.startswith("fastattn") and not _backends.unavailable("cpu"):
         return _backends.cpu_isa()
     return torch.backends.cpu.get_cpu_capability().lower()
-
-
-def translate(file_name: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a suite's own file as a tidy one; what it says of the problem beyond columns is `extra`."""
-    stem = file_name.removesuffix(".csv")
-    folders = [path.name for path in rows.RESULTS.parent.iterdir() if stem.startswith(f"{path.name}_")]
-    found: dict[str, Any] = {"op": OPS.get(stem) or max(folders, key=len, default=stem), "status": "ok"}
-    more: dict[str, Any] = {}
-    for name, value in row.items():
-        key = RENAMED.get(name, name)
-        if key in rows.COLUMNS and name not in LEFT_OUT:
-            found[key] = value
-        elif name not in LEFT_OUT and value != "":
-            more[name] = value
-    if stem in ("gpt2_step", "compiler_step"):
-        found["pass"] = "step"
-    elif "pass" not in found:
-        found["pass"] = "forward" if stem == "decode" else "both"
-    found["extra"] = rows.extra(**more)
-    if "fma_share" in row:
-        found["ceiling"] = "fma" if row["fma_share"] != "" else ""
-    return found

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import peers, rows, tidy
+from bench import peers, rows
 from fastattn.cli import main
 from fastattn.gpu_check.oracle import Truth, results
 from fastattn.gpu_check.peers import Case, Inputs
@@ -58,20 +58,6 @@ def test_columns_are_documented() -> None:
     text = (ROOT / "bench/results/README.md").read_text()
     section = text.partition("## Tidy rows")[2].partition("\n## ")[0]
     assert [name for name in rows.COLUMNS if f"`{name}`" not in section] == []
-
-
-def test_a_suites_own_rows_become_tidy() -> None:
-    row = {
-        **{"date": "2026-01-01", "machine": "m", "cpu": "c", "isa": "avx2", "threads": 2, "torch": "2"},
-        **{"passes": "both", "dtype": "float32", "feature": "alibi", "page_size": "", "implementation": "x"},
-        **{"p50_ms": 2.0, "speedup": 3.0},
-    }
-    found = tidy.translate("attention_features.csv", row)
-    assert found["op"] == "attention" and found["pass"] == "both" and found["p50_ms"] == 2.0
-    assert found["extra"] == '{"feature":"alibi"}'
-    assert set(found) <= set(rows.COLUMNS)
-    assert tidy.translate("decode.csv", row)["op"] == "decode"
-    assert tidy.translate("compiler_step.csv", row)["op"] == "gpt2"
 
 
 @pytest.mark.parametrize(
