@@ -21,8 +21,10 @@ _MARKERS: Final = ("^", "s", "D", "v", "P", "X", "<")
 _DASHES: Final = ("--", ":", "-.", (0, (1, 3)), (0, (6, 1, 1, 1, 1, 1)))
 # What a name is first given, so that it looks the same from figure to figure.
 _NAMED: Final = {
-    **{"sdpa": 0, "sdpa default": 0, "standard": 1, "naive": 1, "eager": 1, "torch": 1},
-    **{"compiled": 2, "naive compiled": 2, "torch.compile": 2, "fastattn.optimize": 3, "attention": 4},
+    **dict.fromkeys(("sdpa", "sdpa default"), 0),
+    **dict.fromkeys(("standard", "naive", "eager", "torch"), 1),
+    **dict.fromkeys(("compiled", "naive compiled", "torch compiled", "torch.compile"), 2),
+    **{"fastattn.optimize": 3, "attention": 4},
 }
 INK: Final = "#1b1f24"  # becomes the page's own text colour in SVG
 _PIXELS: Final = 98  # an inch of a figure, on the page
