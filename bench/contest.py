@@ -23,6 +23,7 @@ from bench.peers import chosen_others, version_of
 from bench.rows import Clock
 from bench.tidy import RUN, isa_of
 from fastattn.gpu_check.machine import Machine, Moment, kernels_of
+from fastattn.gpu_check.races import REFUSALS
 from fastattn.gpu_check.report import Absent, reraise_if_lost, status_of
 from fastattn.gpu_check.rows import BAD, OK
 from fastattn.gpu_check.timing import columns_of, interleaved
@@ -173,8 +174,9 @@ class Truth:
 
     def __init__(self, race: Race, training: bool) -> None:
         exact = [x.detach().double().requires_grad_(training) for x in race.tensors]
-        self.plain = results(race.plain, race.tensors, training)
-        self.exact = results(race.plain, exact, training)
+        douts: list[Tensor] = []
+        self.plain = results(race.plain, race.tensors, training, douts)
+        self.exact = results(race.plain, exact, training, [dout.double() for dout in douts])
         count = len(self.exact) - (len(race.leaves) if training else 0)
         self.names = [f"out{i or ''}" for i in range(count)] + [f"d{name}" for name in race.leaves]
 
@@ -184,6 +186,8 @@ class Truth:
         Returns:
             The largest error as a share of its budget.
         """
+        shapes, wanted = [list(x.shape) for x in found], [list(x.shape) for x in self.exact[: len(found)]]
+        assert shapes == wanted, f"expected results of {wanted}, got {shapes}"
         errors = [
             Errors(name, distance(got, want), distance(usual, want), size(want), usual.dtype, 0.0)
             for name, got, usual, want in zip(self.names, found, self.plain, self.exact, strict=False)
@@ -197,8 +201,8 @@ class Entrant:
     """An implementation that may be timed in a whole: what was found of it before."""
 
     kernel: str
-    error: float | None
     peak_mb: float | None
+    error: float | None = None
 
 
 class Contest:
@@ -239,21 +243,28 @@ class Contest:
 
     def _entrants(self, whole: str, parts: Sequence[str], other: Race, truth: Truth) -> dict[str, Entrant]:
         """Those that are right, by name; a row for each that is not."""
-        found = {}
+        entrants = {}
         for name, function in self.functions.items():
-            error = None
+            found = None
             try:
                 if name in self.race.forward_only and whole == "both":
                     raise Absent("forward alone")
                 if name not in self.race.beside:
-                    error = truth.check(results(other.functions[name], other.tensors, whole == "both"))
+                    found = results(other.functions[name], other.tensors, whole == "both")
                 run = whole_of(self.race, name, function, whole)
                 run()
-                found[name] = Entrant(kernels_of(self.machine, run), error, self._peak_mb(name, whole, run))
+                entrants[name] = Entrant(kernels_of(self.machine, run), self._peak_mb(name, whole, run))
             except Exception as failure:
                 self._refuse(name, parts, failure)
+            else:
+                try:
+                    entrants[name].error = None if found is None else truth.check(found)
+                except AssertionError as failure:
+                    del entrants[name]
+                    self._rows(name, parts, *status_of(failure))
+            del found
             self.machine.free_bytes()  # what a failure has left
-        return found
+        return entrants
 
     def _peak_mb(self, name: str, whole: str, run: Callable[[], object]) -> float | None:
         if not self.machine.on_cpu:
@@ -331,10 +342,18 @@ class Contest:
         )
 
     def _refuse(self, name: str, parts: Iterable[str], failure: Exception) -> None:
+        """Rows of a call that did not end; an assertion of its own says nothing of a result."""
         status, note = status_of(failure)
+        if status == "wrong":
+            status = "failed"
+        if not _ours(name) and any(word in note for word in REFUSALS):
+            status = "refused"
+        self._rows(name, parts, status, note)
+        reraise_if_lost(failure)
+
+    def _rows(self, name: str, parts: Iterable[str], status: str, note: str) -> None:
         for which in parts:
             self._row(name, which, status=status, note=note)
-        reraise_if_lost(failure)
 
     def _row(self, name: str, which: str, **found: Any) -> None:
         own = {"pass": which, "implementation": name, "version": version_of(name)}

@@ -79,7 +79,7 @@ def problem_of(session: Session, implementation: str) -> dict[str, Any]:
     settings, one = session.settings, IMPLEMENTATIONS[implementation]
     return {
         "isa": isa_of("fastattn" if one.attention == "fastattn" else implementation, RUN.device),
-        "kernel": session.built.get(implementation, {}).get("kernel"),
+        "kernel": session.kernels.get(implementation),
         "op": "gpt2",
         "pass": "step",
         "dtype": settings.dtype,

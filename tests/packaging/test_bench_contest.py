@@ -51,7 +51,9 @@ class Triple(Problem):
                 "torch": lambda x: 3 * x,
                 "wrong gradient": partial(self.scaled, slope=3.1),
                 "wrong result": lambda x: 3.001 * x,
+                "of another shape": lambda x: (3 * x)[None],
                 "crash": self.crash,
+                "no kernel": self.no_kernel,
                 "no gradient": lambda x: 3 * x.detach(),
             },
             beside={"copy": lambda x: x.clone()},
@@ -63,7 +65,10 @@ class Triple(Problem):
         return out * (1 - self.dropout)  # as if what is drawn were wrong beside the equation's
 
     def crash(self, x: Tensor) -> Tensor:
-        raise RuntimeError("lost")
+        raise AssertionError("lost")
+
+    def no_kernel(self, x: Tensor) -> Tensor:
+        raise RuntimeError("No available kernel. Aborting execution.")
 
     def flops(self, which: str) -> int:
         return 10**9
@@ -92,6 +97,7 @@ def test_who_is_wrong_has_no_time(held: Run) -> None:
         assert {status[name, which] for which in ("forward", "backward", "both")} == {"ok"}
     assert status["wrong gradient", "forward"] == "ok" and status["wrong gradient", "both"] == "wrong"
     assert status["wrong result", "forward"] == status["wrong result", "backward"] == "wrong"
+    assert status["of another shape", "forward"] == "wrong" and status["no kernel", "both"] == "refused"
     assert status["crash", "forward"] == "failed" and "lost" in found["crash", "forward"]["note"]
     assert status["no gradient", "forward"] == "ok" and status["no gradient", "both"] == "absent"
     for row in done.rows:
@@ -140,6 +146,15 @@ SMALL = {
     **{"rows": 20, "width": 48, "hidden": 64, "vocabulary": 99, "vocab": 99, "columns": 40, "layers": 1},
     **{"in_features": 33, "out_features": 65, "length": 9, "head_dim": 16},
 }
+
+
+def test_rounded_gradients_reach_the_truth_too() -> None:
+    """Else the error of bfloat16 would be that of other numbers, and the budget twice that."""
+    race = Triple(dtype=torch.bfloat16, length=99).race(torch.device("cpu"))
+    truth = contest.Truth(race, training=True)
+    (plain,), (exact,) = truth.plain[1:], truth.exact[1:]
+    rounded = contest.arriving([race.leaves["x"]])[0].double()
+    assert torch.equal(exact, 3 * rounded) and not torch.equal(plain.double(), exact)
 
 
 @pytest.mark.parametrize("suite", SUITES)
