@@ -181,6 +181,17 @@ def test_a_headline_is_of_a_named_problem_against_its_fastest_peer(tmp_path: Pat
     )
 
 
+def test_a_headline_is_of_the_last_run_whether_its_pass_is_called_both_or_step(tmp_path: Path) -> None:
+    for started, passes, ms in (("2026-01-02", "both", 10.0), ("2026-01-03", "step", 20.0)):
+        run = begin(tmp_path, "adamw", started=started)
+        race = {"op": "adamw", "pass": passes, "dtype": "float32", "status": "ok", "race": run.next_race()}
+        for name, own in (("fastattn", ms), ("torch", 30.0)):
+            run.add(race | {"implementation": name, "isa": "avx512", "p50_ms": own})
+        run.close()
+    (head,) = sections.headlines(rows.read_folder(tmp_path))
+    assert head[:2] == ("1.50×", "adamw, step")
+
+
 def test_a_gpu_check_has_its_lengths_on_one_line_and_its_share_of_the_product(tmp_path: Path) -> None:
     cases = [Case("causal", 16384 // n, 32, n, 64) for n in (1024, 4096)]
     gpu_check(tmp_path / "gpu.csv", {case: {"fastattn": 1.0, "sdpa default": 2.0} for case in cases})
