@@ -9,7 +9,7 @@ import importlib
 import math
 import operator
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -147,7 +147,7 @@ def liger(name: str) -> Callable[..., Any]:
 
 
 def chosen_others(
-    names: Iterable[str], device: str, wanted: str | None = None, every: bool = False
+    names: Collection[str], device: str, wanted: str | None = None, every: bool = False
 ) -> list[str]:
     """Those of an operation's implementations that are raced, ours always among them.
 
@@ -161,9 +161,10 @@ def chosen_others(
         ValueError: no peer of any operation is called that.
     """
     words = None if wanted in (None, "all") else [word.strip() for word in wanted.split(",")]
-    unknown = [word for word in words or () if word not in OTHERS and word not in PEERS]
+    known = dict.fromkeys((*names, *OTHERS, *PEERS))
+    unknown = [word for word in words or () if word not in known]
     if unknown:
-        raise ValueError(f"expected peers among {', '.join((*OTHERS, *PEERS))}; got {', '.join(unknown)}")
+        raise ValueError(f"expected peers among {', '.join(known)}; got {', '.join(unknown)}")
 
     def takes(name: str) -> bool:
         other = OTHERS.get(name)
@@ -193,7 +194,7 @@ def chosen(names: str | None, device: str, every: bool = False) -> dict[str, Pee
         wanted = EVERY[device] if every else SHORT[device]
     else:
         wanted = tuple(PEERS) if names == "all" else (OURS, *names.split(","))
-    unknown = [name for name in wanted if name not in PEERS]
+    unknown = [name for name in wanted if name not in PEERS and name not in OTHERS]
     if unknown:
         raise ValueError(f"expected peers among {', '.join(PEERS)}; got {', '.join(unknown)}")
     return {name: peer for name, peer in PEERS.items() if name in wanted}
