@@ -30,6 +30,7 @@ class Call:
     leaves: list[Tensor]
     trains: bool = True
     _dout: Tensor | None = None
+    _dtype: torch.dtype | None = None  # that what reaches the results is rounded to
 
     def forward(self) -> Tensor:
         with torch.no_grad():
@@ -41,13 +42,14 @@ class Call:
             return [out]
         if self._dout is None:
             draws = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-            self._dout = draws.to(self.leaves[0].dtype).to(out.dtype) if out.dim() else torch.ones_like(out)
+            rounded = draws.to(self._dtype or out.dtype).to(out.dtype)
+            self._dout = rounded if out.dim() else torch.ones_like(out)
         return list(torch.autograd.grad(out, self.leaves, self._dout))
 
     def exact(self) -> Call:
         """The same in float64; of a call that has not run yet."""
         wide = [x.detach().double().requires_grad_(x.requires_grad) for x in self.leaves]
-        return Call(self.function, wide, self.trains)
+        return Call(self.function, wide, self.trains, _dtype=self.leaves[0].dtype)
 
 
 def _normal(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, grad: bool = True) -> list[Tensor]:

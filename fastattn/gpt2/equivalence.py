@@ -304,7 +304,7 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def _interval(found: Mapping[str, Any]) -> str:
-    return f"{found['difference']:+.4f} ± {found['half_width']:.4f}"
+    return f"{found['difference']:+.4f} ± {found['half_width']:.4f} ({found['outcome']})"
 
 
 def loss_table(result: Mapping[str, Any]) -> str:

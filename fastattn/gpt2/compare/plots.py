@@ -203,7 +203,8 @@ def draw_seeds(result: Mapping[str, Any]) -> Figure:
     for one in result["runs"]:
         name, curve = one["implementation"], {int(step): loss for step, loss in one["held_out"].items()}
         label = None if name in held else name
-        look = {**_LOOK[name], "marker": ""}
+        # where they are the same, the standard's shows between the dashes of ours
+        look = {**_LOOK[name], "marker": "", "linestyle": "--" if name == "fastattn" else "-"}
         left.plot(list(curve), list(curve.values()), **look, label=label, linewidth=1.5, alpha=0.8)
         held.setdefault(name, {})[one["seed"]] = curve
     for marker, (seed, curve) in zip(cycle("osD^vP"), held.get("fastattn", {}).items(), strict=False):
