@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 
 from bench.peers import PEERS
-from bench.rows import peak_growth
+from fastattn.gpt2.compare.child import peak_bytes, reset_peak
 from fastattn.gpu_check.oracle import results
 from fastattn.gpu_check.peers import Case, Inputs
 
@@ -53,6 +53,16 @@ def _peaks_mb(setup: bytes) -> dict[str, float]:
         return {}
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return {name: round(grown / 1e6, 1) for name, grown in found.items()}
+
+
+def peak_growth(run: Callable[[], object]) -> int | None:
+    """Bytes by which `run` raises this process's resident memory at its highest; None off Linux."""
+    cpu = torch.device("cpu")
+    if not reset_peak(cpu):
+        return None
+    before = peak_bytes(cpu)  # what is resident now
+    run()
+    return peak_bytes(cpu) - before
 
 
 def attention(case: Case, peer: str, wholes: Sequence[str]) -> dict[str, Callable[[], object]]:

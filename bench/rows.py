@@ -8,7 +8,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -107,22 +107,6 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
         return samples[0], samples[0], samples[0]
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
     return fifths[0], statistics.median(samples), fifths[3]
-
-
-def peak_growth(run: Callable[[], Any]) -> int | None:
-    """Bytes by which `run` raises this process's resident memory at its highest; None off Linux."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return None
-
-    def high_water() -> int:
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-
-    reset.write_text("5")  # the high-water mark starts again from what is resident now
-    before = high_water()
-    run()
-    return high_water() - before
 
 
 def processor(device: str = "cpu") -> str:

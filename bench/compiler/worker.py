@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastattn.compiler
 from fastattn.compiler import backend
+from fastattn.gpt2.compare.child import peak_bytes, reset_peak
 from fastattn.gpu_check.machine import Machine, kernels_of
 
 HOWS = ("standard", "torch.compile", "fastattn.optimize")
@@ -64,15 +64,15 @@ def main() -> None:
 
     def answer(number: int) -> dict[str, Any]:
         said: dict[str, Any] = {}
-        if number > 0:
-            reset_peak(device)
+        resets = number > 0 and reset_peak(machine.device)
         begin = time.perf_counter()
         if number == 1:
             said["kernel"] = kernels_of(machine, lambda: said.update(loss=step()), most=5)
         else:
             said["loss"] = step()
         machine.synchronize()
-        said |= {"ms": (time.perf_counter() - begin) * 1000, "peak_bytes": peak(device)}
+        said["ms"] = (time.perf_counter() - begin) * 1000
+        said["peak_bytes"] = peak_bytes(machine.device) if resets else None
         if how == "fastattn.optimize" and number == 0:
             said["rewritten"] = fastattn.compiler.report().rewritten
         return said | {"pass_ms": seconds[0] * 1000}
@@ -94,23 +94,6 @@ def of_the_pass() -> list[float]:
 
     backend.rewrite = timed
     return found
-
-
-def reset_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

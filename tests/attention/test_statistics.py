@@ -234,7 +234,7 @@ def test_errors() -> None:
 
 PEAK = """
 import sys, torch, fastattn
-from bench.rows import peak_growth
+from bench.memory import peak_growth
 from fastattn.ops.attention.statistics import attention_statistics
 def step(length):
     q, k = (torch.randn(1, 2, length, 8, requires_grad=True) for _ in range(2))
