@@ -114,7 +114,7 @@ def step(
     settings = SimpleNamespace(
         device="cpu", size=size, batch=batch, context=context, dropout=dropout, dtype=dtype
     )
-    session: Any = SimpleNamespace(settings=settings, config=config_of(size), built={})
+    session: Any = SimpleNamespace(settings=settings, config=config_of(size), kernels={})
     race = run.next_race()
     for name, ms in times.items():
         measured = {"status": "ok", "race": race, **columns_of([ms]), "peak_mb": round(ms)}
