@@ -23,7 +23,6 @@ from bench.peers import chosen_others, version_of
 from bench.rows import Clock
 from bench.tidy import RUN, isa_of
 from fastattn.gpu_check.machine import Machine, Moment, kernels_of
-from fastattn.gpu_check.races import REFUSALS
 from fastattn.gpu_check.report import Absent, reraise_if_lost, status_of
 from fastattn.gpu_check.rows import BAD, OK
 from fastattn.gpu_check.timing import columns_of, interleaved
@@ -343,12 +342,8 @@ class Contest:
 
     def _refuse(self, name: str, parts: Iterable[str], failure: Exception) -> None:
         """Rows of a call that did not end; an assertion of its own says nothing of a result."""
-        status, note = status_of(failure)
-        if status == "wrong":
-            status = "failed"
-        if not _ours(name) and any(word in note for word in REFUSALS):
-            status = "refused"
-        self._rows(name, parts, status, note)
+        status, note = status_of(failure, peer=not _ours(name))
+        self._rows(name, parts, "failed" if status == "wrong" else status, note)
         reraise_if_lost(failure)
 
     def _rows(self, name: str, parts: Iterable[str], status: str, note: str) -> None:

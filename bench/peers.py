@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend
 
 from fastattn.gpu_check import peers
 from fastattn.gpu_check.machine import version
-from fastattn.gpu_check.peers import ON_GPUS, OURS, Attention, Inputs, Peer
+from fastattn.gpu_check.peers import CUDA, OURS, Attention, Inputs, Peer
 from fastattn.gpu_check.report import Absent
 
 LOOP_LENGTH = 64
@@ -78,7 +78,8 @@ PEERS: dict[str, Peer] = {
         f'kernels.get_kernel("{HF_KERNELS}").flash_attn_func(q, k, v, causal=True)',
         ("causal", "full", "dropout"),
         wide=False,
-        **ON_GPUS,
+        forward=CUDA,
+        backward=CUDA,
     ),
     "python loop": Peer(
         python_loop,

@@ -82,8 +82,7 @@ def decode(report: Report, name: str) -> None:
             kernels[peer] = kernels_of(machine, call)
             runs[peer] = _timed(machine, call)
         except Exception as failure:
-            status, note = status_of(failure)
-            status = "refused" if status == "failed" and peer != OURS else status
+            status, note = status_of(failure, peer=peer != OURS)
             report.row(**columns, implementation=peer, version=version_of(peer), status=status, note=note)
             reraise_if_lost(failure)
     taken = {peer: columns_of(parts[0]) for peer, parts in interleaved(machine, runs, report.left).items()}
@@ -221,9 +220,7 @@ def gpt2(report: Report, context: int = 1024, batch: int = 8) -> None:
             kernels[name] = kernels_of(machine, run, most=4)
             runs[name] = run
         except Exception as failure:
-            status, note = status_of(failure)
-            if status == "failed" and "fastattn" not in name.partition(", ")[2]:
-                status = "refused"
+            status, note = status_of(failure, peer="fastattn" not in name.partition(", ")[2])
             report.row(**own, status=status, note=note)
             reraise_if_lost(failure)
     for name, parts in interleaved(machine, runs, report.left, cold=False).items():

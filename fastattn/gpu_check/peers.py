@@ -378,28 +378,28 @@ class Peer:
 
 
 OURS: Final = "fastattn"
-ON_GPUS: Final[dict[str, tuple[str, ...]]] = {"forward": ("cuda",), "backward": ("cuda",)}
-NO_DROPOUT: Final = tuple(kind for kind in KINDS if kind != "dropout")
+CUDA: Final = ("cuda",)
+_NO_DROPOUT: Final = tuple(kind for kind in KINDS if kind != "dropout")
 _DAO: Final = ("causal", "full", "window", "documents")
 _SDPA: Final = "F.scaled_dot_product_attention(q, k, v, is_causal=True)"
 
 
-def forced(backend: SDPBackend, **devices: tuple[str, ...]) -> Peer:
+def forced(backend: SDPBackend, devices: tuple[str, ...] = ("cpu", "cuda")) -> Peer:
     """torch's, on one kernel; what is not causal or full is a dense mask, which some refuse."""
-    return Peer(sdpa(backend), f"sdpa_kernel({backend.name}): {_SDPA}", **devices)
+    return Peer(sdpa(backend), f"sdpa_kernel({backend.name}): {_SDPA}", forward=devices, backward=devices)
 
 
 PEERS: Final[dict[str, Peer]] = {
     OURS: Peer(ours, "fastattn.attention(q, k, v, mask=fastattn.causal())"),
     "sdpa flash": forced(SDPBackend.FLASH_ATTENTION),
-    "sdpa cudnn": forced(SDPBackend.CUDNN_ATTENTION, **ON_GPUS),
-    "sdpa efficient": forced(SDPBackend.EFFICIENT_ATTENTION, **ON_GPUS),
+    "sdpa cudnn": forced(SDPBackend.CUDNN_ATTENTION, CUDA),
+    "sdpa efficient": forced(SDPBackend.EFFICIENT_ATTENTION, CUDA),
     "sdpa default": Peer(sdpa(None), _SDPA),
     "flex compiled": Peer(
         flex,
         "torch.compile(flex_attention)(q, k, v, block_mask=create_block_mask(...))",
-        NO_DROPOUT,
-        backward=("cuda",),
+        _NO_DROPOUT,
+        backward=CUDA,
     ),
     "naive": Peer(naive, "softmax(q @ k.mT * scale + mask) @ v"),
     "naive compiled": Peer(naive_compiled, "torch.compile(naive)"),
@@ -408,28 +408,32 @@ PEERS: Final[dict[str, Peer]] = {
         "flash_attn.flash_attn_func(q, k, v, causal=True)",
         (*_SIMPLE, "window", "alibi", "documents"),
         wide=False,
-        **ON_GPUS,
+        forward=CUDA,
+        backward=CUDA,
     ),
     "flash-attn 3": Peer(
         flash_attn("flash_attn_interface", "flash-attn-3"),
         "flash_attn_interface.flash_attn_func(q, k, v, causal=True)",
         _DAO,
         wide=False,
-        **ON_GPUS,
+        forward=CUDA,
+        backward=CUDA,
     ),
     "flash-attn 4": Peer(
         flash_attn("flash_attn.cute", "flash-attn-4"),
         "flash_attn.cute.flash_attn_func(q, k, v, causal=True)",
         _DAO,
         wide=False,
-        **ON_GPUS,
+        forward=CUDA,
+        backward=CUDA,
     ),
     "xformers": Peer(
         xformers,
         "xformers.ops.memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask())",
         (*_SIMPLE, "window"),
         grouped=False,
-        **ON_GPUS,
+        forward=CUDA,
+        backward=CUDA,
     ),
 }
 _PACKAGES: Final = {

@@ -20,14 +20,6 @@ from fastattn.gpu_check.timing import Run, columns_of, interleaved
 # Implementations that take seconds before their first result.
 COMPILING: Final = (OURS, "flex compiled", "naive compiled", "flash-attn 4")
 PASSES: Final = ("forward", "backward", "both")
-# What torch and others say of a problem that they are not made for; any other failure of a peer is a failure.
-REFUSALS: Final = (
-    "No available kernel",
-    "not supported",
-    "not implemented",
-    "only support",
-    "No operator found",
-)
 # What is run, and the passes that are timed in it.
 WHOLES: Final = {"forward": ("forward",), "both": ("backward", "both")}
 # Batch times length is 16,384 and heads times head_dim 2,048.
@@ -185,12 +177,8 @@ def prepare(report: Report, case: Case) -> None:
 
 def _say(report: Report, columns: dict[str, Any], passes: Iterable[str], failure: Exception) -> None:
     """Rows of a call that did not end; an assertion of its own says nothing of a result."""
-    status, note = status_of(failure)
-    if status == "wrong":
-        status = "failed"
-    if columns["implementation"] != OURS and status == "failed" and any(word in note for word in REFUSALS):
-        status = "refused"
-    _rows(report, columns, passes, status, note)
+    status, note = status_of(failure, peer=columns["implementation"] != OURS)
+    _rows(report, columns, passes, "failed" if status == "wrong" else status, note)
     reraise_if_lost(failure)
 
 

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -97,8 +97,15 @@ class Report:
             self.row(case=case, implementation="fastattn", status="not run", note=why)
 
 
-def status_of(failure: Exception) -> tuple[str, str]:
-    """The word for a failure, and its message in one line."""
+# What torch and others say of a problem they are not made for; whatever else a peer ends with is a failure.
+REFUSALS: Final = (
+    *("No available kernel", "not supported", "not implemented"),  # torch
+    *("only support", "No operator found"),  # flash-attn, xformers
+)
+
+
+def status_of(failure: Exception, peer: bool = False) -> tuple[str, str]:
+    """The word for a failure, and its message in one line; what a `peer` is not made for it refuses."""
     note = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
     if isinstance(failure, Absent):
         return "absent", str(failure)
@@ -106,6 +113,8 @@ def status_of(failure: Exception) -> tuple[str, str]:
         return "wrong", note
     if isinstance(failure, torch.OutOfMemoryError):
         return "out of memory", note
+    if peer and any(word in note for word in REFUSALS):
+        return "refused", note
     return "failed", note
 
 
