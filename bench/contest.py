@@ -55,7 +55,7 @@ class Race:
 
     leaves: dict[str, Tensor]
     functions: dict[str, Function]
-    plain: Function = None  # type: ignore[assignment]
+    plain: Any = None
     timed: dict[str, Callable[[], object]] = field(default_factory=dict)
     beside: dict[str, Function] = field(default_factory=dict)
     forward_only: Sequence[str] = ()
