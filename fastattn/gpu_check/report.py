@@ -99,7 +99,7 @@ class Report:
 
 # What torch and others say of a problem they are not made for; whatever else a peer ends with is a failure.
 REFUSALS: Final = (
-    *("No available kernel", "not supported", "not implemented"),  # torch
+    *("No available kernel", "No viable backend", "not supported", "not implemented"),  # torch
     *("only support", "No operator found"),  # flash-attn, xformers
 )
 
