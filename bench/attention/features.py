@@ -101,6 +101,11 @@ def low(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
 
 
+def additive(keep: Tensor) -> Tensor:
+    """Made beforehand, as torch makes it anew in each call of a bool mask."""
+    return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, float("-inf"))
+
+
 def window(case: Feature, device: torch.device) -> Race:
     """Of the last 512 keys."""
     length, size = case.length, WINDOW
@@ -110,7 +115,7 @@ def window(case: Feature, device: torch.device) -> Race:
     i, j = torch.arange(size, device=device)[:, None], torch.arange(2 * size, device=device)
     near = (j > i) & (j <= i + size)
     first = torch.arange(length // size, device=device)[:, None, None, None] == 0
-    near = near & (~first | (j >= size))
+    nearby = additive(near & (~first | (j >= size)))
 
     def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def two(x: Tensor) -> Tensor:
@@ -118,11 +123,11 @@ def window(case: Feature, device: torch.device) -> Race:
             return found.permute(1, 0, 3, 2)
 
         blocks = q[0].unflatten(1, (-1, size)).transpose(0, 1)  # [blocks, H, size, D]
-        return sdpa(attn_mask=near)(blocks, two(k), two(v)).transpose(0, 1).flatten(1, 2)[None]
+        return sdpa(attn_mask=nearby)(blocks, two(k), two(v)).transpose(0, 1).flatten(1, 2)[None]
 
     functions = {
         "fastattn": ours(mask=fastattn.sliding_window(size - 1, 0)),
-        "sdpa, dense mask": sdpa(attn_mask=keep),
+        "sdpa, dense mask": sdpa(attn_mask=additive(keep)),
         "sdpa, blocks of two windows": in_blocks,
     }
     return Race(case.inputs(device), functions, textbook(keep))
@@ -185,7 +190,7 @@ def documents(case: Feature, device: torch.device) -> Race:
 
     functions = {
         "fastattn": ours(mask=fastattn.documents(bounds) & fastattn.causal()),
-        "sdpa, dense mask": sdpa(attn_mask=keep),
+        "sdpa, dense mask": sdpa(attn_mask=additive(keep)),
         "sdpa, a call a document": one_by_one,
     }
     return Race(case.inputs(device), functions, textbook(keep))
@@ -206,7 +211,7 @@ def block_sparse(case: Feature, device: torch.device) -> Race:
     keep = dense_of(blocks)
     functions = {
         "fastattn": ours(mask=fastattn.block_sparse(blocks, BLOCK)),
-        "sdpa, dense mask": sdpa(attn_mask=keep),
+        "sdpa, dense mask": sdpa(attn_mask=additive(keep)),
     }
     return Race(case.inputs(device), functions, textbook(keep), beside={"fastattn, dense": ours()})
 
