@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from fastattn import _backends
-from fastattn.gpu_check.machine import Machine
 from fastattn.gpu_check.rows import OK
 from fastattn.gpu_check.timing import columns_of, interleaved
+from fastattn.machine import Machine
 
 # Bytes of the buffers that are copied; the fastest counts, as none is always.
 COPIES = {"cpu": (2**25, 2**26, 2**27, 2**28), "cuda": (2**28, 2**30)}

@@ -16,7 +16,7 @@ from bench.against import kept
 from bench.ceilings import measure
 from bench.tidy import RUN, isa_of
 from fastattn import _backends
-from fastattn.gpu_check.machine import Machine, details
+from fastattn.machine import Machine, details
 
 HERE = Path(__file__).resolve().parent
 # Minutes each: they run where they are named, by `--op` or by their folder, or with `--all-cases`.

@@ -22,10 +22,10 @@ from bench import memory, rows
 from bench.peers import chosen_others, version_of
 from bench.rows import Clock
 from bench.tidy import RUN, isa_of
-from fastattn.gpu_check.machine import Machine, Moment, kernels_of
 from fastattn.gpu_check.report import Absent, reraise_if_lost, status_of
 from fastattn.gpu_check.rows import BAD, OK
 from fastattn.gpu_check.timing import columns_of, interleaved
+from fastattn.machine import Machine, Moment, kernels_of
 from fastattn.testing.budget import Errors, assert_within_budget, distance, size
 
 CLOCK = Clock()

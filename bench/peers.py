@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from fastattn.gpu_check import peers
-from fastattn.gpu_check.machine import version
 from fastattn.gpu_check.peers import CUDA, OURS, Attention, Inputs, Peer
 from fastattn.gpu_check.report import Absent
+from fastattn.machine import version
 
 LOOP_LENGTH = 64
 HF_KERNELS = "kernels-community/flash-attn2"

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import fastattn
-from fastattn.gpu_check.machine import version
 from fastattn.gpu_check.rows import Rows
+from fastattn.machine import version
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Raised when a column of the tidy rows goes or changes its meaning.

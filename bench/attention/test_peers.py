@@ -20,10 +20,10 @@ from bench.peers import LOOP_LENGTH, OURS, chosen, version_of
 from bench.rows import Clock, percentiles
 from bench.tidy import RUN, isa_of
 from fastattn.gpu_check import peers
-from fastattn.gpu_check.machine import Machine
 from fastattn.gpu_check.peers import Case
 from fastattn.gpu_check.races import PASSES, race
 from fastattn.gpu_check.report import Report
+from fastattn.machine import Machine
 
 CLOCK = Clock()
 KINDS = {"none": "full"}  # what `--mask` calls otherwise than `Case`

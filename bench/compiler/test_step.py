@@ -20,8 +20,8 @@ from bench.contest import CLOCK
 from bench.memory import ROOT
 from bench.rows import extra
 from bench.tidy import RUN, isa_of
-from fastattn.gpu_check.machine import version
 from fastattn.gpu_check.timing import columns_of
+from fastattn.machine import version
 
 SIZES = {"gpt2": "12x12x768", "tiny": "2x4x64"}
 PACKAGES = {"standard": "transformers", "torch.compile": "torch", "fastattn.optimize": "fastattn"}

@@ -18,7 +18,7 @@ import torch
 import fastattn.compiler
 from fastattn.compiler import backend
 from fastattn.gpt2.compare.child import peak_bytes, reset_peak
-from fastattn.gpu_check.machine import Machine, kernels_of
+from fastattn.machine import Machine, kernels_of
 
 HOWS = ("standard", "torch.compile", "fastattn.optimize")
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.gpu_check.machine import Machine
 from fastattn.gpu_check.report import Report
+from fastattn.machine import Machine
 from fastattn.ops.attention.biases import as_bias
 from fastattn.testing import assert_within_budget, attention_errors, cases, poisoned_memory
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from fastattn.gpu_check.machine import Machine
 from fastattn.gpu_check.report import Report, reraise_if_lost, status_of
 from fastattn.gpu_check.steps import steps
+from fastattn.machine import Machine
 
 
 def main(order: dict[str, Any]) -> None:

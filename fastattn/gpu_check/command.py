@@ -20,9 +20,9 @@ from typing import Any, Final
 import torch
 
 import fastattn
-from fastattn.gpu_check.machine import describe, details
 from fastattn.gpu_check.processes import Batch, environment_of, run_batch
 from fastattn.gpu_check.rows import BAD, Rows
+from fastattn.machine import describe, details
 
 # Of the budget: until when the checks and what goes on beside them, the sanitizer, and the races may last.
 _CHECKS_END: Final = 0.4

@@ -16,11 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from fastattn.gpu_check.cache_checks import Cached, Step
-from fastattn.gpu_check.machine import Machine, Moment, kernels_of, version
 from fastattn.gpu_check.peers import OURS, version_of
 from fastattn.gpu_check.races import copy_buffers
 from fastattn.gpu_check.report import Absent, Report, reraise_if_lost, status_of
 from fastattn.gpu_check.timing import Run, columns_of, interleaved
+from fastattn.machine import Machine, Moment, kernels_of, version
 
 # Eight sequences of 32k keys, the new one included.
 _KEYS: Final = 32 * 1024

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
-from fastattn.gpu_check.machine import version
 from fastattn.gpu_check.report import Absent
+from fastattn.machine import version
 from fastattn.ops.attention.biases import as_bias
 from fastattn.ops.attention.masks import as_mask
 

@@ -11,11 +11,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastattn.gpu_check.machine import Moment, kernels_of
 from fastattn.gpu_check.oracle import Truth, results
 from fastattn.gpu_check.peers import OURS, PEERS, Attention, Case, Inputs, Peer, version_of
 from fastattn.gpu_check.report import Absent, Report, reraise_if_lost, status_of
 from fastattn.gpu_check.timing import Run, columns_of, interleaved
+from fastattn.machine import Moment, kernels_of
 
 # Implementations that take seconds before their first result.
 COMPILING: Final = (OURS, "flex compiled", "naive compiled", "flash-attn 4")

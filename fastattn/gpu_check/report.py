@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 
-from fastattn.gpu_check.machine import Machine
+from fastattn.machine import Machine
 
 
 class Absent(Exception):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final, TypeAlias
 
-from fastattn.gpu_check.machine import Machine, Moment
+from fastattn.machine import Machine, Moment
 
 # Runs once; the moments at which it began and each of its parts ended.
 Run: TypeAlias = Callable[[], list[Moment]]

@@ -12,9 +12,9 @@ from bench.attention import features, test_decode, test_peers
 from bench.contest import Problem, Truth, results
 from bench.tidy import Run
 from fastattn import KVCache
-from fastattn.gpu_check.machine import Machine
 from fastattn.gpu_check.peers import PEERS, Case
 from fastattn.gpu_check.races import race
+from fastattn.machine import Machine
 
 CPU = torch.device("cpu")
 SMALL: list[Problem] = [

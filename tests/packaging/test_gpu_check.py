@@ -21,13 +21,13 @@ import fastattn
 from fastattn import cli
 from fastattn.gpu_check import command, peers, processes, races
 from fastattn.gpu_check.goals import GOALS, tables, value_of, verdict
-from fastattn.gpu_check.machine import Machine
 from fastattn.gpu_check.oracle import Truth, one_head, results
 from fastattn.gpu_check.peers import Case, Inputs, Peer
 from fastattn.gpu_check.report import REFUSALS, Report
 from fastattn.gpu_check.rows import COLUMNS, Rows
 from fastattn.gpu_check.steps import chosen, steps
 from fastattn.gpu_check.timing import columns_of, interleaved
+from fastattn.machine import Machine
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(not command.describe(True)["triton"], reason="triton is not here")

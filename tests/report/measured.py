@@ -15,9 +15,9 @@ from bench.attention import test_peers as suite
 from bench.gpt2 import test_step as steps
 from bench.tidy import Run, isa_of
 from fastattn.gpt2.config import config_of
-from fastattn.gpu_check.machine import Machine
 from fastattn.gpu_check.rows import Rows
 from fastattn.gpu_check.timing import columns_of
+from fastattn.machine import Machine
 
 
 def begin(folder: Path, name: str = "attention", **common: Any) -> Run:

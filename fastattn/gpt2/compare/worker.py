@@ -28,7 +28,7 @@ from fastattn.gpt2.compare.child import (
 )
 from fastattn.gpt2.config import GPT2Config
 from fastattn.gpt2.model import FUSED, GPT2
-from fastattn.gpu_check.machine import Machine, kernels_of
+from fastattn.machine import Machine, kernels_of
 from fastattn.optim import AdamW
 
 # The optimiser of GPT-2's reproductions (Brown et al. 2020, appendix B; nanoGPT), the learning rate for a

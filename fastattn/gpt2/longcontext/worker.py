@@ -28,7 +28,7 @@ from fastattn.gpt2.compare.child import (
 from fastattn.gpt2.config import GPT2Config
 from fastattn.gpt2.model import GPT2
 from fastattn.gpt2.optim import make_optimizer
-from fastattn.gpu_check.machine import Machine, kernels_of
+from fastattn.machine import Machine, kernels_of
 
 WARM_UP_TOKENS: Final = 64  # of a step before, which makes the optimizer's state and loads the kernels
 _LEARNING_RATE: Final = 3e-4

@@ -1,4 +1,4 @@
-"""The device that is checked: its clock, its memory, its names. In a dry run it is the CPU."""
+"""The device that is measured: its clock, its memory, its names, and what ran on it by the profiler."""
 
 from __future__ import annotations
 
