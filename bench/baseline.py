@@ -42,7 +42,10 @@ SIZE = 192
 ISA = "avx2"
 TOLERANCE = 0.03
 # Instructions take valgrind seconds a call: those whose kernels another of the calls runs are left out.
-NOT_COUNTED = ("attention full", "attention dropout", "attention alibi", "linear")
+NOT_COUNTED = (
+    *("attention full", "attention dropout", "attention alibi", "attention bias"),
+    *("linear", "linear_cross_entropy"),
+)
 _PROBED = 8  # one position of so many: no tile is smaller
 _NOT_OPS = ("autograd::", "torch::autograd::")
 

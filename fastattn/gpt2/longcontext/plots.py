@@ -45,12 +45,17 @@ def draw(result: Mapping[str, Any]) -> Figure | None:
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
     _bars(left, result)
     _curves(right, result)
-    machine, settings = result["machine"], result["settings"]
+    settings = result["settings"]
     figure.suptitle(
-        f"{result['model']['title']}, batch 1, {settings['dtype']}, {settings['memory'] / 2**30:g} GiB, "
-        f"{machine['gpu'] or machine['cpu']}"
+        f"{result['model']['title']}, batch 1, {settings['dtype']}, dropout {settings['dropout']:g}, "
+        f"{settings['memory'] / 2**30:g} GiB, {_where(result)}"
     )
     return figure
+
+
+def _where(result: Mapping[str, Any]) -> str:
+    machine, day = result["machine"], str(result["started"])[:10]
+    return f"{machine['gpu'] or machine['cpu']}, torch {result['versions']['torch']}, {day}"
 
 
 def _bars(axes: Axes, result: Mapping[str, Any]) -> None:
@@ -120,6 +125,7 @@ def draw_quality(result: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
     rows = result["rows"]
+    figure.suptitle(f"held-out loss by context, the same tokens, one seed, {_where(result)}")
     contexts = [row["context"] for row in rows]
     left.plot(contexts, [row["held_out_loss"] for row in rows], color="#009E73", marker="o", linewidth=2)
     for row in rows:
