@@ -61,6 +61,11 @@ CONFUSABLE = [
 ]
 
 
+def longer(sizes: Sizes) -> Sizes:
+    """More rows and keys than one, for half precision."""
+    return sizes._replace(q_length=sizes.q_length + 15, k_length=sizes.k_length + 15, dim=sizes.dim + 7)
+
+
 @settings(max_examples=250, **SETTINGS)
 @given(
     names=FEW,
@@ -71,10 +76,11 @@ CONFUSABLE = [
 def test_features_joined(names: list[str], sizes: Sizes, name: str, dtype: torch.dtype) -> None:
     assume(go_together(names))
     if dtype != torch.float32:
-        # Backward takes rowsum(dout · out) of the rounded out: that is all there is of one key, and much of a
-        # slope, whose gradient is one sum over all pairs (test_features.py has it in half precision).
+        # Backward takes rowsum(dout · out) of the rounded out: that is all there is of a lone row with one
+        # key, and much of a slope, whose gradient is one sum over all pairs (test_features.py has it in half
+        # precision).
         assume(not any("alibi" in one or "slopes" in one for one in names))
-        sizes = sizes._replace(k_length=sizes.k_length + 15, dim=sizes.dim + 7)
+        sizes = longer(sizes)
     sizes = sizes_for(names, sizes)
     with route(name) as backend:
         options = options_of(names, sizes)
@@ -123,7 +129,7 @@ def test_features_joined_on_triton(names: list[str], sizes: Sizes, dtype: torch.
     assume(go_together(names))
     if dtype != torch.float32:
         assume(not any("alibi" in one or "slopes" in one for one in names))
-        sizes = sizes._replace(k_length=sizes.k_length + 15, dim=sizes.dim + 7)
+        sizes = longer(sizes)
     with route("triton") as backend:
         sizes, device = sizes_for(names, fitted(backend, sizes)), device_of(backend)
         options = options_of(names, sizes, device=device)
