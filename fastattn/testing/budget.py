@@ -23,7 +23,8 @@ class Errors(NamedTuple):
             ``dtable``.
         ours: error of the backend under test.
         plain: error of plain PyTorch in the same dtype.
-        scale: largest absolute value of the float64 result.
+        scale: largest absolute value of the float64 result; of a slope's gradient no less than the longest
+            distance.
         dtype: of the tensor.
         lse: largest absolute log-sum-exp of the problem.
     """
@@ -104,8 +105,10 @@ def attention_errors(
     exact = results(_textbook, True, seed=seed)
     names = ["out", "lse", *("d" + name for name in inputs)]
     lse = size(exact[1])
+    # The terms of a slope's gradient are distances times those of a score's.
+    far = {name: float(k.shape[2]) for name in names if name.startswith("dslopes")}
     return [
-        Errors(name, distance(a, c), distance(b, c), size(c), a.dtype, lse)
+        Errors(name, distance(a, c), distance(b, c), max(size(c), far.get(name, 0.0)), a.dtype, lse)
         for name, a, b, c in zip(names, ours, plain, exact, strict=True)
     ]
 
