@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ def _named(config: pytest.Config) -> set[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    ops = {path.parent.name for path in HERE.glob("*/test_*.py")}
+    if not set(words(config, "--op") or []) <= ops:
+        raise pytest.UsageError(
+            f"--op: expected some of {', '.join(sorted(ops))}; got {config.getoption('--op')}"
+        )
     suite = "-".join(words(config, "--op") or sorted(_named(config)) or ["bench"])
     RUN.begin(suite, device, config.getoption("--rows"))
 
@@ -161,8 +166,26 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         machine_info["gpu"] = {"name": torch.cuda.get_device_name(), **dict(details(dry_run=False))}
 
 
+def beside(measured: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each race and pass: the medians of all, the others' also over ours."""
+    races: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in measured:
+        if row.get("race") not in (None, "") and row.get("p50_ms"):
+            own = (row["race"], row["op"], row["pass"], row.get("length") or "", row.get("mask") or "")
+            races.setdefault((*own, row.get("extra") or ""), {})[row["implementation"]] = float(row["p50_ms"])
+    for (_, *problem), medians in races.items():
+        ours = medians.get("fastattn")
+        told = [
+            f"{name} {ms:.4g} ms" + (f" ({ms / ours:.2f}x)" if ours and name != "fastattn" else "")
+            for name, ms in medians.items()
+        ]
+        yield f"{' '.join(str(part) for part in problem if part)}: {', '.join(told)}"
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     path, older = RUN.close(), config.getoption("--against")
+    for line in beside(RUN.rows):
+        terminalreporter.write_line(line)
     if path is not None:
         terminalreporter.write_line(f"{len(RUN.rows)} rows in {path}")
     for line in kept.lines(Path(older), RUN.rows) if older is not None else ():

@@ -151,6 +151,13 @@ def step_flops(config: GPT2Config, batch: int, length: int) -> float:
     return batch * (6.0 * weights * length + 6.0 * config.n_layer * length**2 * config.n_embd)
 
 
+def _edge(row: Mapping[str, Any]) -> str:
+    """How the longest context is known to be that."""
+    if row["edge"] == "run" and row["refused"] is None:
+        return "none longer asked for"
+    return {"run": "run", "extrapolated": "not reached", "none": ""}[row["edge"]]
+
+
 def longest(result: Mapping[str, Any]) -> Table:
     """Of `fastattn longcontext`."""
     lines: list[list[str]] = []
@@ -165,7 +172,7 @@ def longest(result: Mapping[str, Any]) -> Table:
                 name,
                 f"{row['longest']:,}" if row["longest"] else "none",
                 "" if ratio is None else f"{ratio:.1f}×",
-                {"run": "run", "extrapolated": "not reached", "none": ""}[row["edge"]],
+                _edge(row),
                 f"{row['predicted']:,}" if row["predicted"] else "",
                 f"{row['ms'] / 1000:,.0f}" if row["ms"] else "",
                 f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else "",

@@ -90,6 +90,15 @@ def test_help_has_the_options(capfd: pytest.CaptureFixture[str], monkeypatch: py
     assert len(options) == 13, "the benchmarks' own options, and none of pytest's"
 
 
+def test_an_operation_that_is_not_there(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)
+    assert main(["bench", "--op", "nonsense"]) != 0
+    assert re.search("--op: expected some of .*rotary; got nonsense", capfd.readouterr().err)
+
+
 @pytest.mark.slow
 def test_a_short_run(tmp_path: Path) -> None:
     """The command end to end: what is left out, tidy rows, a file that `pytest-benchmark compare` reads."""
@@ -106,6 +115,7 @@ def test_a_short_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout  # of rotary's none is of this length
+    assert re.search(r"attention both 48 none: fastattn \S+ ms, naive \S+ ms \(\d+\.\d\dx\)", done.stdout)
     (path,) = tmp_path.glob("*-attention-rotary.csv")
     found = rows.read(path)
     assert [row["implementation"] for row in found if row["op"] == "ceiling"] == ["fma", "copy"]
