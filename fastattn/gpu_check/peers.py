@@ -72,6 +72,19 @@ class Case:
         return f"{self.kind}{extra.get(self.kind, '')}{heads}, D {dim}, L {self.length}"
 
     @property
+    def columns(self) -> dict[str, Any]:
+        """Those of a row that say what the problem is."""
+        return {
+            "case": self.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "batch": self.batch,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "length": self.length,
+            "head_dim": self.dim,
+        }
+
+    @property
     def pairs(self) -> float:
         """Of query and key that attend, in one head; half of all for causal, as papers count."""
         n, w = self.length, min(self.window, self.length)

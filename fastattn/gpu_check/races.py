@@ -81,15 +81,7 @@ def race(
     if not report.in_time(case.name):
         return {}
     inputs = Inputs(case, machine.device, compiles=not machine.dry_run)
-    columns: dict[str, Any] = {
-        "case": case.name,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "batch": case.batch,
-        "heads": case.heads,
-        "kv_heads": case.kv_heads,
-        "length": case.length,
-        "head_dim": case.dim,
-    }
+    columns = case.columns
     # With dropout each draws in its own way, so that there it is the case without that is checked.
     sober, note = inputs, []
     if case.kind == "dropout":

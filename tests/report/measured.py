@@ -64,14 +64,7 @@ def attention(
 
 def _columns(case: Any, passes: str, name: str, ms: float) -> dict[str, Any]:
     """Of a row of `fastattn.gpu_check.races.race`."""
-    return {
-        "case": case.name,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "batch": case.batch,
-        "heads": case.heads,
-        "kv_heads": case.kv_heads,
-        "length": case.length,
-        "head_dim": case.dim,
+    return case.columns | {
         "passes": passes,
         "implementation": name,
         "kernel": "sdpa:flash" if name.startswith("sdpa") else "cpu: attention",

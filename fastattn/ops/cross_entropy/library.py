@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import flops
+from fastattn.ops.once import tracked
 
 # A softcap of 0 is none.
 _OPTIONS = "int ignore_index, float label_smoothing, float softcap, float z_loss"
@@ -129,20 +130,9 @@ class CrossEntropy(torch.autograd.Function):
 
 def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
     """The loss of each row, differentiable by the logits, which are ``[N, V]``."""
-    run = CrossEntropy.apply if _tracked(logits) else torch.ops.fastattn.cross_entropy_forward
+    run = CrossEntropy.apply if tracked(logits) else torch.ops.fastattn.cross_entropy_forward
     loss: Tensor = run(logits, target, weight, *options)[0]
     return loss
-
-
-def _tracked(*tensors: Tensor | None) -> bool:
-    """Whether a derivative may be asked for: without one, `apply` costs more than the op."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    if torch.compiler.is_compiling():
-        return torch.is_grad_enabled()
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 class LinearLoss(torch.autograd.Function):
@@ -212,7 +202,7 @@ def linear_loss(op: str, share: Tensor | None, options: tuple[Any, ...], *tensor
         options: of the op, between `dloss` and `wanted`; the backend last.
         tensors: the op's first arguments.
     """
-    if not _tracked(*tensors):
+    if not tracked(*tensors):
         return LinearLoss.forward(op, share, 0, options, *tensors)[0]  # type: ignore[no-any-return]
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
     early = share is not None and tensors[0].dtype != torch.float16  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastattn.ops.once import Once
+from fastattn.ops.once import Once, tracked
 
 # x and residual are [rows, columns], weight and bias [columns]. `sum` is z = residual + dropout(x) of dtype
 # `sum_dtype`, empty where z is x itself; the statistics are float32 [rows], the mean empty in an RMS norm.
@@ -170,15 +170,4 @@ def gradient(*args: Any) -> Any:
 
 def layer_norm(*args: Any) -> Any:
     """The forward op, with its gradient where one is asked for: `LayerNorm.apply` costs more than the op."""
-    return (LayerNorm.apply if _tracked(*args[:4]) else torch.ops.fastattn.layer_norm_forward)(*args)
-
-
-def _tracked(*tensors: Tensor | None) -> bool:
-    """Whether a derivative may be asked for."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    if torch.compiler.is_compiling():
-        return torch.is_grad_enabled()
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return (LayerNorm.apply if tracked(*args[:4]) else torch.ops.fastattn.layer_norm_forward)(*args)
